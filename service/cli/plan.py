@@ -1,0 +1,235 @@
+"""`moorage plan`: where the model would go, what fits, and what would."""
+
+import shutil
+from typing import TYPE_CHECKING
+from typing import Annotated
+from typing import Any
+
+import typer
+
+from service.cli import options
+from service.cli import report
+from service.config import reading
+from service.config.origin import BUILT_IN
+from service.config.schema import Config
+
+if TYPE_CHECKING:
+    from service.placement.explain import Alternative
+    from service.placement.explain import DevicePlan
+    from service.placement.explain import PlanReport
+    from service.placement.hardware import Hardware
+
+GIB = 2**30
+LONGEST_BAR = 34
+SHORTEST_BAR = 10
+
+
+@report.guard
+def plan(
+    config: options.Config = None,
+    deployment: options.Deployment = None,
+    settings: options.Set = None,
+    model: options.Model = None,
+    strategy: options.Strategy = None,
+    quantize: options.Quantize = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware",
+            metavar="2x24GiB[,ram=64GiB]",
+            help="Plan for a machine that is not here.",
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say where the model would go, reading no weights. Exit status 4 if it does not fit."""
+    from service.placement import hardware as machines
+
+    invented = None
+    if hardware is not None:
+        try:
+            invented = machines.invent(hardware)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--hardware") from None
+    flags = options.flags(
+        config, deployment, settings, model=model, strategy=strategy, quantize=quantize
+    )
+    loaded = reading.load_process(flags)
+    report.print_notices(loaded.notices)
+    made = _explain(loaded, invented)
+    if as_json:
+        report.print_json(document(made))
+    else:
+        _print(made, loaded)
+    if made.error is not None:
+        raise typer.Exit(made.error.exit_status)
+
+
+def _explain(loaded: Config, invented: "Hardware | None") -> "PlanReport":
+    from service.models.locate import locate_for_plan
+    from service.placement import registry
+
+    found = registry.build(loaded.deployment.strategy_dirs)
+    origins = loaded.origins
+    chosen = found.select(loaded.deployment.strategy, origins.get("strategy", BUILT_IN))
+    located = locate_for_plan(loaded)
+    settled = registry.settle(located, chosen, origins)
+
+    from service.placement import hardware as machines
+    from service.placement.explain import explain
+
+    machine = invented or machines.detect(settled.offload_folder or loaded.cache)
+    return explain(settled, chosen, machine, found)
+
+
+def document(made: "PlanReport") -> dict[str, Any]:
+    """The report as JSON, keys as on /placement where both have them. Sizes in bytes."""
+    placement, config = made.placement, made.config
+    return {
+        "object": "plan",
+        "schema": 1,
+        "fits": made.error is None,
+        "deployment": config.deployment,
+        "model": {
+            "id": config.model_id,
+            "parameters": placement.parameters if placement else None,
+            "dtype": placement.dtype if placement else None,
+            "quantize": config.quantize,
+        },
+        "strategy": config.strategy,
+        "kv": {
+            "bytes_per_token": placement.kv_bytes_per_token if placement else None,
+            "planned_tokens": placement.kv_tokens if placement else None,
+            "room_tokens": made.room_tokens if placement else None,
+        },
+        "devices": [
+            {
+                "id": device.id,
+                "name": device.name,
+                "total": device.total,
+                "free": device.free,
+                "planned": {
+                    "weights": device.planned.weights,
+                    "kv": device.planned.kv,
+                    "overhead": device.planned.overhead,
+                },
+                "left": device.left,
+                "modules": [{"name": name, "count": count} for name, count in device.modules],
+            }
+            for device in made.devices
+        ],
+        "error": None if made.error is None else made.error.as_dict(),
+        "alternatives": [
+            {"what": a.what, "try": a.flag, "weights": a.weights, "left": list(a.left)}
+            for a in made.alternatives
+        ],
+        "notes": list(made.notes),
+    }
+
+
+def _print(made: "PlanReport", loaded: Config) -> None:
+    config, placement = made.config, made.placement
+    head = [f"deployment {config.deployment}", config.model_id]
+    if placement and placement.parameters:
+        head.append(_parameters(placement.parameters))
+    head += [f"strategy {config.strategy}", f"quantize {config.quantize}"]
+    typer.echo("   ".join(head))
+    if placement is None:
+        _print_refusal(made, loaded)
+        return
+    columns, _ = shutil.get_terminal_size((120, 24))
+    for line in table(made.devices, columns):
+        typer.echo(line)
+    asked = placement.kv_tokens
+    typer.echo(f"FITS. Room for {made.room_tokens:,} tokens of KV in all; you asked for {asked:,}.")
+    for note in made.notes:
+        typer.echo(f"note  {note}")
+
+
+def _print_refusal(made: "PlanReport", loaded: Config) -> None:
+    if made.error is None:
+        return
+    typer.echo(f"DOES NOT FIT: {made.error.message}")
+    for note in made.notes:
+        typer.echo(f"  {note}")
+    if made.config.on_no_fit == "refuse":
+        origin = loaded.origins.get("on_no_fit", BUILT_IN)
+        typer.echo(f"  Refused because on_no_fit: refuse ({origin}).")
+    if not made.alternatives:
+        typer.echo(f"fix: {made.error.hint}" if made.error.hint else "nothing smaller was found")
+        return
+    typer.echo("\n".join(choices(made.alternatives)))
+
+
+def choices(alternatives: "tuple[Alternative, ...]") -> list[str]:
+    """What would fit, numbered and aligned."""
+    left = ["+".join(_gib(size) for size in found.left) for found in alternatives]
+    first = max(len("what would fit"), *(len(found.what) + 5 for found in alternatives))
+    last = max(len("left GiB"), *map(len, left))
+    lines = [f"{'what would fit'.ljust(first)}  {'weights':>10}  {'left GiB':>{last}}   try"]
+    for number, (found, room) in enumerate(zip(alternatives, left, strict=True), 1):
+        what = f"{number:>3}  {found.what}".ljust(first)
+        lines.append(f"{what}  {_gib(found.weights):>6} GiB  {room:>{last}}   {found.flag}")
+    return lines
+
+
+def table(devices: "tuple[DevicePlan, ...]", columns: int) -> list[str]:
+    """The devices as aligned lines, sizes in GiB, with a bar and the modules at the end.
+
+    Fits into `columns` where it can: the bar gets shorter, and if that is not enough the modules
+    go below.
+    """
+    names = [f"{device.id} {device.name}".rstrip() for device in devices]
+    heads = ("total", "free", "weights", "KV", "overhead", "left")
+    rows = [_sizes(device) for device in devices]
+    first = max(len("device"), *map(len, names))
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+
+    def numbers(name: str, cells: tuple[str, ...]) -> str:
+        sized = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join((name.ljust(first), *sized))
+
+    lines = [numbers("device", heads)]
+    modules = [", ".join(map(_module, device.modules)) for device in devices]
+    room = columns - len(lines[0]) - len("  []")
+    beside = room - 2 - max(map(len, modules))
+    bar = max(SHORTEST_BAR, min(LONGEST_BAR, beside if beside >= SHORTEST_BAR else room))
+    for device, name, row, words in zip(devices, names, rows, modules, strict=True):
+        text = f"{numbers(name, row)}  [{_bar(device, bar)}]"
+        if words and len(text) + 2 + len(words) > columns:
+            lines += [text, f"{' ' * first}  {words}"]
+        else:
+            lines.append(f"{text}  {words}".rstrip())
+    lines.append(" " * first + "  # weights  = KV cache  - overhead  . free        GiB")
+    return lines
+
+
+def _module(named: tuple[str, int]) -> str:
+    """("layers.0-39", 40) -> "layers 0-39"."""
+    name, count = named
+    return name.replace(".", " ") if count > 1 else name
+
+
+def _sizes(device: "DevicePlan") -> tuple[str, ...]:
+    planned = device.planned
+    sizes = (device.total, device.free, planned.weights, planned.kv, planned.overhead, device.left)
+    return tuple(_gib(size) for size in sizes)
+
+
+def _bar(device: "DevicePlan", length: int) -> str:
+    """Shares of the free bytes; what is there at all gets at least one mark."""
+    planned = device.planned
+    text = ""
+    for mark, size in (("#", planned.weights), ("=", planned.kv), ("-", planned.overhead)):
+        count = round(length * size / device.free) if device.free > 0 else 0
+        text += mark * max(count, 1 if size else 0)
+    return text[:length].ljust(length, ".")
+
+
+def _gib(size: int) -> str:
+    """GiB with one decimal; a small model's sizes with two."""
+    return f"{size / GIB:.1f}" if not 0 < abs(size) < GIB else f"{size / GIB:.2f}"
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.1f} B parameters" if count >= 1e9 else f"{count / 1e6:.0f} M parameters"

@@ -1,0 +1,118 @@
+"""`moorage plugins`: which strategies there are, and what each can be told."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from typing import Annotated
+from typing import Any
+
+import typer
+
+from service.cli import options
+from service.cli import report
+from service.config import reading
+from service.config.suggesting import did_you_mean
+
+if TYPE_CHECKING:
+    from service.placement.registry import Registry
+    from service.placement.registry import Strategy
+
+app = typer.Typer(no_args_is_help=True, help="The placement strategies: list, show NAME.")
+
+
+@app.command("list")
+@report.guard
+def list_all(
+    config: options.Config = None,
+    deployment: options.Deployment = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Every strategy that was found, built in, installed or in `strategy_dirs`."""
+    registry = _registry(config, deployment)
+    if as_json:
+        report.print_json(
+            {
+                "strategies": [_describe(s) for _, s in sorted(registry.strategies.items())],
+                "broken": [
+                    {"name": name, "error": error.as_dict()}
+                    for name, error in sorted(registry.broken.items())
+                ],
+            }
+        )
+        return
+    rows = [(s.name, s.source, s.summary) for _, s in sorted(registry.strategies.items())]
+    rows += [(name, "broken", error.one_line()) for name, error in sorted(registry.broken.items())]
+    report.print_table(("NAME", "SOURCE", "SUMMARY"), rows)
+
+
+@app.command()
+@report.guard
+def show(
+    name: Annotated[str, typer.Argument(help="The strategy's name.")],
+    config: options.Config = None,
+    deployment: options.Deployment = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """One strategy: where it comes from, its options and its own defaults."""
+    registry = _registry(config, deployment)
+    if name in registry.broken:
+        raise registry.broken[name]
+    if name not in registry.strategies:
+        known = sorted({*registry.strategies, *registry.broken})
+        raise typer.BadParameter(
+            f"there is no strategy {name!r}{did_you_mean(name, known)}; there is {', '.join(known)}"
+        )
+    strategy = registry.strategies[name]
+    if as_json:
+        report.print_json(_describe(strategy))
+        return
+    typer.echo(f"{strategy.name}  {strategy.source}\n{strategy.summary}")
+    typer.echo("\noptions" if strategy.options_schema else "\noptions: none")
+    if strategy.options_schema:
+        report.print_table(("KEY", "TYPE", "DEFAULT", "MEANING"), _option_rows(strategy))
+    if strategy.defaults:
+        typer.echo("\ndefaults of its own, below what the config says")
+        report.print_table(("KEY", "VALUE"), sorted(strategy.defaults.items()))
+
+
+def _registry(config: Any, deployment: str | None) -> "Registry":
+    """The strategies as the selected deployment sees them."""
+    from service.placement import registry
+
+    loaded = reading.load_process(options.flags(config, deployment))
+    report.print_notices(loaded.notices)
+    return registry.build(loaded.deployment.strategy_dirs)
+
+
+def _describe(strategy: "Strategy") -> dict[str, Any]:
+    schema = strategy.options_schema
+    return {
+        "name": strategy.name,
+        "source": strategy.source,
+        "summary": strategy.summary,
+        "options": None if schema is None else schema.model_json_schema(),
+        "defaults": dict(strategy.defaults),
+    }
+
+
+def _option_rows(strategy: "Strategy") -> list[tuple[str, str, str, str]]:
+    if strategy.options_schema is None:
+        return []
+    schema = strategy.options_schema.model_json_schema()
+    required = schema.get("required", [])
+    return [
+        (
+            key,
+            _type(value),
+            "(required)" if key in required else str(value.get("default", "-")),
+            str(value.get("description", "")),
+        )
+        for key, value in schema.get("properties", {}).items()
+    ]
+
+
+def _type(value: Mapping[str, Any]) -> str:
+    if "enum" in value:
+        return " | ".join(str(choice) for choice in value["enum"])
+    if "anyOf" in value:
+        return " | ".join(_type(choice) for choice in value["anyOf"])
+    return str(value.get("type", value.get("$ref", "any"))).rpartition("/")[2]

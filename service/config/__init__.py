@@ -1,0 +1,1 @@
+"""The operator's words, turned into frozen typed values. Imports no torch."""

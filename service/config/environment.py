@@ -1,0 +1,17 @@
+"""The environment: the one place that reads it, and what its variables mean."""
+
+import os
+from collections.abc import Mapping
+
+
+def process_environment() -> Mapping[str, str]:
+    """A copy of this process's environment. Nothing else in the service reads os.environ."""
+    return dict(os.environ)
+
+
+def set_missing(variables: Mapping[str, str]) -> None:
+    """Set these in this process unless the operator set them already. Nothing else writes
+    os.environ.
+    """
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,49 @@
+"""What gunicorn logs, less what an operator of Moorage has no use for."""
+
+import logging
+
+from service.config.gunicorn_record import BootRecord
+
+_BOOT = {
+    "Starting gunicorn %s",
+    "Using worker: %s",
+    "Booting worker with pid: %s",
+    "Worker exiting (pid: %s)",
+}
+_FAILED_BOOT = {
+    "Worker (pid:%s) exited with code %s.",
+    "Shutting down: %s",
+    "Reason: %s",
+}
+_STALLED = "Socket error processing request."
+
+
+def be_quiet(log: logging.Logger, record: BootRecord) -> None:
+    """Filter gunicorn's error log.
+
+    At level debug everything stays. Otherwise: no lines about booting; after a failed start none
+    but the error's own, which the worker has logged; one line and no traceback for a client that
+    stalled.
+    """
+
+    def keep(line: logging.LogRecord) -> bool:
+        if log.isEnabledFor(logging.DEBUG):
+            return True
+        if line.msg in _BOOT or (line.msg in _FAILED_BOOT and record.failure):
+            return False
+        if line.msg == _STALLED and line.exc_info and isinstance(line.exc_info[1], BlockingIOError):
+            line.msg = "A client sent or read nothing for too long; its connection is closed."
+            line.exc_info = None
+            line.levelno, line.levelname = logging.INFO, "INFO"
+        return True
+
+    log.addFilter(keep)
+
+
+def log_like_gunicorn(log: logging.Logger) -> None:
+    """Let what Moorage and its strategies log go where gunicorn's errors go, in the same form."""
+    for name in ("service", "plugins", "moorage"):
+        ours = logging.getLogger(name)
+        ours.handlers = list(log.handlers)
+        ours.setLevel(log.level)
+        ours.propagate = False

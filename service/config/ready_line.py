@@ -1,0 +1,35 @@
+"""What the operator reads when the model may be used."""
+
+import json
+import shlex
+from urllib.parse import urlsplit
+
+from service.config.schema import Config
+
+
+def ready_line(config: Config, model_id: str, address: str | None = None) -> str:
+    """What the operator reads when the model may be used, with a curl to paste.
+
+    `address` is what the server really listens on, as gunicorn prints it ("http://127.0.0.1:8000",
+    "unix:/run/moorage.sock"); default: `server.bind`.
+    """
+    url, options = _reachable(address or config.server.bind)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    body = json.dumps({"model": model_id, "messages": question, "temperature": 0})
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
+    shown = url if not options else (address or config.server.bind)
+    return (
+        f"Moorage is ready: {shown}  try: curl {options}{url}/v1/chat/completions{key}"
+        f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
+
+
+def _reachable(address: str) -> tuple[str, str]:
+    """The URL for a client on this machine, and the options curl needs for it."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:").removeprefix("//")
+        return "http://localhost", f"--unix-socket {shlex.quote(path)} "
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    host = parts.hostname or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"{parts.scheme}://{host}:{parts.port or 8000}", ""

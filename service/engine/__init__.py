@@ -1,0 +1,1 @@
+"""Tokens: sequences in, batches through the model, tokens out."""

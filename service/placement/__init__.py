@@ -1,0 +1,1 @@
+"""Where every tensor goes, and the proof of it."""

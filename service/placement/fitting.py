@@ -1,0 +1,101 @@
+"""Which unit goes on which device. Pure arithmetic: units and budgets in, names out."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.placement.plan import Unit
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Unit name -> device, and bytes set aside on the main device to run offloaded units."""
+
+    map: Mapping[str, str]
+    staging: int = 0
+    staged_kv: int = 0
+
+
+def balance(units: Sequence[Unit], budgets: Mapping[str, int]) -> Mapping[str, str] | None:
+    """Cut the units, in order, into one run per device so that the least room left is as large as
+    can be.
+
+    A unit needs its weights and its KV on the same device. budgets: device -> bytes.
+    Returns None when they do not fit. Bisection over the room left; filling greedily in order
+    decides each step, because the runs are contiguous.
+    """
+    low, high = 0, max(budgets.values(), default=0)
+    best = _fill(units, budgets, 0)
+    if best is None:
+        return None
+    while high - low > 2**20:
+        middle = (low + high) // 2
+        found = _fill(units, budgets, middle)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    return best
+
+
+def _fill(
+    units: Sequence[Unit], budgets: Mapping[str, int], spare: int
+) -> Mapping[str, str] | None:
+    """Fill device after device, leaving `spare` bytes on each that is used; None if some unit is
+    left over.
+    """
+    places: dict[str, str] = {}
+    devices = iter(budgets.items())
+    device, room = next(devices, ("", -1))
+    room -= spare
+    for unit in units:
+        need = unit.weights + unit.kv
+        while need > room:
+            device, room = next(devices, ("", -1))
+            if not device:
+                return None
+            room -= spare
+        places[unit.name] = device
+        room -= need
+    return places
+
+
+def offload(
+    units: Sequence[Unit],
+    budgets: Mapping[str, int],
+    stores: Mapping[str, int],
+) -> Fit | None:
+    """Keep as many layers as fit on the devices and rest the others in `stores`, filled in order.
+
+    Layers are the units with KV; the last ones are offloaded, everything else stays. An offloaded
+    layer runs on the main device (the first of `budgets` that holds anything): its KV lives there
+    and the largest one's weights pass through there. stores: "cpu" and/or "disk" -> bytes. Returns
+    None if nothing helps.
+    """
+    layers = [unit for unit in units if unit.kv] or sorted(units, key=lambda u: u.weights)
+    devices = list(budgets)
+
+    def with_offloaded(count: int) -> Fit | None:
+        away = layers[len(layers) - count :]
+        kept = [unit for unit in units if unit not in away]
+        staging = max((unit.weights for unit in away), default=0)
+        staged_kv = sum(unit.kv for unit in away)
+        rest = _fill([Unit(unit.name, unit.weights) for unit in away], stores, 0)
+        if rest is None:
+            return None
+        for first, main in enumerate(devices):
+            room = {device: budgets[device] for device in devices[first:]}
+            room[main] -= staging + staged_kv
+            places = balance(kept, room) if room[main] >= 0 else None
+            # a card too small to hold a unit is passed over, and the next one is the main device
+            if places is not None and main in places.values():
+                return Fit({**places, **rest}, staging, staged_kv)
+        return None
+
+    # more offloaded layers need less on the devices but more in the stores: take the first that
+    # fits
+    for count in range(1, len(layers) + 1):
+        fit = with_offloaded(count)
+        if fit is not None:
+            return fit
+    return None

@@ -1,0 +1,124 @@
+"""Placement: what a strategy decided, as data. `moorage plan` prints what `load` passes on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is placed as a whole: a decoder layer, an embedding, a norm.
+
+    weights: bytes of its parameters and buffers. kv: bytes of KV cache reserved for it, all
+    sequences at full context; 0 for everything but attention layers.
+    """
+
+    name: str
+    weights: int
+    kv: int = 0
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Planned bytes on one device."""
+
+    weights: int = 0
+    kv: int = 0
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.overhead
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model will go.
+
+    devices            what will hold something, main device first: "cuda:0", "cpu", "disk"
+    module_map         module or tensor name -> device; "" is the whole model; empty: not said
+    memory             device -> planned bytes
+    load_kwargs        exactly what goes to `from_pretrained`
+    main_device        where token ids go
+    allows             intended findings the certificate accepts: "offload"
+    quantized          linear layers that must be quantised after the load; None if unknown
+    kv_bytes_per_token KV cache of one token over all layers
+    kv_tokens          tokens of KV reserved: max_context x max_sequences
+    parameters         of the whole model, tied ones once
+    dtype              of the weights and the KV cache, torch's name
+    context            most tokens of one sequence: max_context, or the model's own lower limit
+    units              the parts that were placed, in the model's order
+    ranks              processes that share the model
+    notes              sentences for the operator
+    """
+
+    devices: tuple[str, ...] = ()
+    module_map: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, DeviceMemory] = field(default_factory=dict)
+    load_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    main_device: str | None = None
+    allows: frozenset[str] = frozenset()
+    quantized: int | None = None
+    kv_bytes_per_token: int = 0
+    kv_tokens: int = 0
+    parameters: int | None = None
+    dtype: str | None = None
+    context: int | None = None
+    units: tuple[Unit, ...] = ()
+    ranks: int = 1
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Neighbours of one list on one device: "model.layers.0-39", how many, and their bytes of
+    weights.
+    """
+
+    name: str
+    count: int
+    bytes: int
+
+
+def groups(placement: Placement) -> dict[str, list[ModuleGroup]]:
+    """Device -> its units in order, runs of numbered neighbours written as one."""
+    found: dict[str, list[ModuleGroup]] = {device: [] for device in placement.devices}
+    run: list[Unit] = []
+    last = ""
+
+    def flush() -> None:
+        if not run:
+            return
+        first, end = run[0].name, run[-1].name.rpartition(".")[2]
+        name = first if len(run) == 1 else f"{first}-{end}"
+        size = sum(unit.weights for unit in run)
+        found.setdefault(last, []).append(ModuleGroup(name, len(run), size))
+        run.clear()
+
+    for unit in placement.units:
+        device = device_of(unit.name, placement.module_map) or "?"
+        if device != last or not (run and _follows(run[-1].name, unit.name)):
+            flush()
+        run.append(unit)
+        last = device
+    flush()
+    return found
+
+
+def device_of(name: str, module_map: Mapping[str, str]) -> str | None:
+    """The device of a module or tensor: its own entry or its nearest parent's; None if there is
+    none.
+
+    Matches whole dotted names, unlike accelerate, where "layers.1" also takes layers.10 (F9).
+    """
+    while name not in module_map:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return module_map[name]
+
+
+def _follows(before: str, after: str) -> bool:
+    (list_a, _, a), (list_b, _, b) = before.rpartition("."), after.rpartition(".")
+    return list_a == list_b and a.isdigit() and b.isdigit() and int(b) == int(a) + 1

@@ -1,0 +1,273 @@
+"""Planning helpers: from a model and a machine to a Placement. KV is reserved before weights are
+spread.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from service.config.schema import ModelConfig
+from service.errors import DoesNotFit
+from service.errors import PlacementUnavailable
+from service.placement.hardware import Hardware
+from service.placement.plan import DeviceMemory
+from service.placement.plan import Placement
+from service.placement.plan import device_of
+
+GIB = 2**30
+# transfer rates for the stated slowdown of an offload, bytes a second: PCIe 4.0 x16 in practice,
+# an NVMe disk
+PCIE = 20e9
+DISK = 2e9
+# share of the weights and KV that allocators lose to rounding and fragmentation
+FRAGMENTATION = 0.02
+
+
+def on_one_device(config: ModelConfig, hardware: Hardware, device: str) -> Placement:
+    """The whole model on one device, "cpu" or "cuda:N".
+
+    Raises PlacementUnavailable if the device or bitsandbytes is missing, DoesNotFit with what
+    would fit.
+    """
+    budget = budgets(config, hardware, [device])[device]
+    need_quantizer(config)
+    footprint = _measure(config, hardware, device)
+    overhead = _overhead(footprint.activations, footprint.weights + footprint.kv)
+    short = footprint.weights + footprint.kv + overhead - budget
+    if short > 0:
+        raise _does_not_fit(config, footprint, {device: budget - overhead})
+    return Placement(
+        devices=(device,),
+        module_map={"": device},
+        memory={device: DeviceMemory(footprint.weights, footprint.kv, overhead)},
+        load_kwargs=load_kwargs(config, footprint.dtype, {"": _torch_key(device)}),
+        main_device=device,
+        quantized=footprint.quantized,
+        kv_bytes_per_token=footprint.kv_bytes_per_token,
+        kv_tokens=footprint.kv_tokens,
+        parameters=footprint.parameters,
+        dtype=footprint.dtype,
+        context=footprint.context,
+        units=footprint.units,
+        notes=_context_note(config, footprint.context),
+    )
+
+
+def spread(config: ModelConfig, hardware: Hardware) -> Placement:
+    """The model over all GPUs (or the CPU if there is none), balanced so that the room left is
+    even.
+
+    What does not fit is refused, or offloaded to RAM and disk where `on_no_fit` allows it.
+    Raises DoesNotFit, PlacementUnavailable.
+    """
+    from service.placement import fitting
+
+    need_quantizer(config)
+    names = [gpu.id for gpu in hardware.gpus] or ["cpu"]
+    room = budgets(config, hardware, names)
+    footprint = _measure(config, hardware, names[0])
+    overhead = _overhead(footprint.activations, (footprint.weights + footprint.kv) // len(names))
+    room = {device: size - overhead for device, size in room.items()}
+    units = [unit for unit in footprint.units if unit.name not in footprint.ties]
+    places = fitting.balance(units, room)
+    fit = None if places is None else fitting.Fit(places)
+    if fit is None and config.on_no_fit != "refuse":
+        if config.quantize != "none":
+            raise DoesNotFit(
+                f"{config.model_id} does not fit {', '.join(names)}, and weights quantised to "
+                f"{config.quantize} cannot be offloaded: bitsandbytes would leave them as they are "
+                "(F13)",
+                hint="lower max_context or max_sequences, or set quantize: none with offload",
+                failure_class="F12",
+            )
+        fit = fitting.offload(units, room, _stores(config, hardware, names))
+    if fit is None:
+        raise _does_not_fit(config, footprint, room)
+    module_map = dict(fit.map)
+    for follower, leader in footprint.ties.items():
+        module_map[follower] = device_of(leader, module_map) or names[0]
+    used = tuple(dict.fromkeys(d for d in (*names, "cpu", "disk") if d in module_map.values()))
+    # the embedding is the first unit, and accelerate runs what is offloaded on the lowest card
+    main = used[0]
+    memory = {}
+    for device in used:
+        here = [unit for unit in footprint.units if module_map[unit.name] == device]
+        runs = device in names
+        memory[device] = DeviceMemory(
+            sum(unit.weights for unit in here),
+            (sum(unit.kv for unit in here) if runs else 0)
+            + (fit.staged_kv if device == main else 0),
+            (overhead if runs else 0) + (fit.staging if device == main else 0),
+        )
+    away = {d: m.weights for d, m in memory.items() if d not in names}
+    whole = set(module_map.values()) == {main}
+    device_map = {name: _torch_key(device) for name, device in module_map.items()}
+    return Placement(
+        devices=used,
+        module_map={"": main} if whole else module_map,
+        memory=memory,
+        load_kwargs=load_kwargs(
+            config, footprint.dtype, {"": _torch_key(main)} if whole else device_map
+        ),
+        main_device=main,
+        allows=frozenset({"offload"}) if away else frozenset(),
+        quantized=footprint.quantized,
+        kv_bytes_per_token=footprint.kv_bytes_per_token,
+        kv_tokens=footprint.kv_tokens,
+        parameters=footprint.parameters,
+        dtype=footprint.dtype,
+        context=footprint.context,
+        units=footprint.units,
+        notes=(*_context_note(config, footprint.context), *_offload_notes(away, footprint.weights)),
+    )
+
+
+def _does_not_fit(config: ModelConfig, footprint: Any, room: Mapping[str, int]) -> DoesNotFit:
+    """The error of a model that is too large (F20). room: device -> bytes for weights and KV."""
+    have = sum(room.values())
+    short = footprint.weights + footprint.kv - have
+    needs = f"{_gib(footprint.weights)} of weights and {_gib(footprint.kv)} of KV cache"
+    see = f"see: moorage plan --deployment {config.deployment}"
+    return DoesNotFit(
+        f"{config.model_id} needs {needs}; {' and '.join(room)} can take {_gib(max(have, 0))} "
+        f"beside the overhead, {_gib(max(short, 0))} short (F20)",
+        hint=f"{_would_fit(config, footprint, have)}; {see}",
+        failure_class="F20",
+    )
+
+
+def load_kwargs(config: ModelConfig, dtype: str, device_map: Mapping[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` gets, whatever the strategy: safe formats, local files, our own
+    device map.
+    """
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": dict(device_map),
+        "local_files_only": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.gguf_file is not None:
+        kwargs["gguf_file"] = config.gguf_file
+    elif not config.allow_pickle:
+        kwargs["use_safetensors"] = True
+    rests = any(device in ("cpu", "disk") for device in device_map.values())
+    if rests and len(device_map) > 1 and config.offload_folder is not None:
+        kwargs["offload_folder"] = str(config.offload_folder)
+    if config.quantize != "none":
+        kwargs["quantization_config"] = quantization(config.quantize, dtype)
+    return kwargs
+
+
+def quantization(quantize: str, dtype: str) -> Any:
+    """bitsandbytes' settings for one of our names; products are computed in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def need_quantizer(config: ModelConfig) -> None:
+    """Raise PlacementUnavailable if `quantize` needs a package that is not installed."""
+    if config.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise PlacementUnavailable(
+            f"quantize: {config.quantize} needs bitsandbytes, which is not installed.",
+            hint="pip install 'moorage[bnb]'",
+        )
+
+
+def budgets(config: ModelConfig, hardware: Hardware, devices: list[str]) -> dict[str, int]:
+    """Bytes the deployment may use per device: what is free, less `keep_free`, at most
+    `max_memory`.
+
+    Raises PlacementUnavailable (F19) for a device that is not there.
+    """
+    free = {gpu.id: gpu.free_bytes for gpu in hardware.gpus} | {"cpu": hardware.cpu.free_bytes}
+    room: dict[str, int] = {}
+    for device in devices:
+        if device not in free:
+            have = ", ".join(gpu.id for gpu in hardware.gpus)
+            raise PlacementUnavailable(
+                f"strategy {config.strategy} needs {device}, but "
+                + (
+                    f"this machine has {have} only (F19)"
+                    if have
+                    else "there is no accelerator (F19)"
+                ),
+                hint="use strategy: cpu, or strategy: auto-shard, which takes what is there",
+                failure_class="F19",
+            )
+        kind = device.partition(":")[0]
+        keep = config.keep_free.get(device, config.keep_free.get(kind, 0))
+        room[device] = min(free[device] - keep, config.max_memory.get(device, free[device]))
+    return room
+
+
+def _measure(config: ModelConfig, hardware: Hardware, device: str) -> Any:
+    from service.placement import footprint
+
+    return footprint.measure(config, on_cpu=device == "cpu", native_bfloat16=hardware.cpu.bfloat16)
+
+
+def _stores(config: ModelConfig, hardware: Hardware, names: list[str]) -> dict[str, int]:
+    """Where offloaded weights may rest, RAM before disk (F11)."""
+    stores: dict[str, int] = {}
+    if "cpu" not in names:
+        stores.update(budgets(config, hardware, ["cpu"]))
+    if config.on_no_fit == "offload-disk":
+        free = hardware.disk_free_bytes - config.keep_free.get("disk", 0)
+        stores["disk"] = min(free, config.max_memory.get("disk", free))
+    return stores
+
+
+def _overhead(activations: int, resident: int) -> int:
+    return activations + int(resident * FRAGMENTATION)
+
+
+def _would_fit(config: ModelConfig, footprint: Any, budget: int) -> str:
+    """What would fit if only the KV were smaller: "fits 1 x 8192 or 4 x 2048 tokens"."""
+    left = budget - footprint.weights
+    per_token = footprint.kv / max(1, footprint.kv_tokens)
+    tokens = int(left / per_token) if left > 0 and per_token else 0
+    if tokens < 256:
+        smaller = "set quantize: nf4, or " if config.quantize == "none" else ""
+        return f"the weights alone fill it: {smaller}choose another strategy or a smaller model"
+    context = min(footprint.context, tokens)
+    many = max(1, tokens // max(256, context // 4))
+    return (
+        f"it fits max_sequences {tokens // context} x max_context {context}, "
+        f"or {many} x {max(256, context // 4)}"
+    )
+
+
+def _context_note(config: ModelConfig, context: int) -> tuple[str, ...]:
+    if context == config.max_context:
+        return ()
+    return (
+        f"max_context is {context:,}, the model's own limit; {config.max_context:,} was asked.",
+    )
+
+
+def _offload_notes(away: Mapping[str, int], weights: int) -> tuple[str, ...]:
+    notes = []
+    for device, size in away.items():
+        rate, path = (PCIE, "PCIe") if device == "cpu" else (DISK, "the disk")
+        notes.append(
+            f"{_gib(size)} ({size / weights:.0%} of weights) rest on {device}; every step copies "
+            f"them over {path}, about {size / rate:.2g} s a token more."
+        )
+    return tuple(notes)
+
+
+def _torch_key(device: str) -> str | int:
+    """accelerate takes accelerators as numbers; with strings its main device is random (F22)."""
+    return int(device.partition(":")[2]) if device.startswith("cuda:") else device
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,123 @@
+"""Messages and plain prompts to token ids."""
+
+import functools
+import logging
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from service.errors import ContextTooLong
+from service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the request path needs to know of a tokenizer, read once because asking takes
+    milliseconds.
+
+    control: matches any special token; None if there is none. longest: characters in the longest
+    token.
+    """
+
+    control: re.Pattern[str] | None
+    longest: int
+
+
+# Keeps the last tokenizers alive; a server has one, and two while it changes models.
+@functools.lru_cache(maxsize=2)
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    """Facts about a tokenizer. The same object gives the same answer without work."""
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    # Longest first, so that the message names the whole token where one token starts another.
+    names = sorted(filter(None, special), key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, names))) if names else None
+    return Vocabulary(control, max(map(len, tokenizer.get_vocab()), default=1))
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], max_context: int
+) -> list[int]:
+    """Token ids of a conversation, written by the model's own (sandboxed) chat template, ready for
+    an answer.
+
+    messages: `role` and `content`, both text, and whatever else the template reads, all of it text.
+    Raises InvalidRequest when the model has no template, when the template refuses the messages,
+    or when a message contains one of the model's control tokens (it would end the message and
+    start another, in somebody else's name); ContextTooLong when the text cannot be `max_context`
+    tokens or fewer, before any tokenising.
+    """
+    if tokenizer.chat_template is None:
+        raise InvalidRequest(
+            "this model has no chat template, so it cannot take messages",
+            param="messages",
+            hint="send a prompt to /v1/completions",
+        )
+    control = vocabulary(tokenizer).control
+    for at, message in enumerate(messages):
+        for key, value in message.items():
+            if control is not None and (found := control.search(value)):
+                raise InvalidRequest(
+                    f"messages[{at}].{key} contains {found[0]}, a control token of this model",
+                    param=f"messages[{at}].{key}",
+                    hint="take it out, or write the whole prompt yourself for /v1/completions",
+                )
+    _refuse_endless(tokenizer, sum(len(m["content"]) for m in messages), max_context, "messages")
+    return _ids(tokenizer, _render(tokenizer, messages), special=False)
+
+
+def encode_text(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, max_context: int, param: str = "prompt"
+) -> list[int]:
+    """Token ids of a prompt as it stands, control tokens included, with the start token if the
+    model has one.
+
+    Raises ContextTooLong, before any tokenising, when the text cannot be `max_context` tokens or
+    fewer.
+    """
+    _refuse_endless(tokenizer, len(prompt), max_context, param)
+    return _ids(tokenizer, prompt, special=True)
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+    except TemplateError as error:
+        message = f"the chat template of this model refuses the messages: {error}"
+        raise InvalidRequest(message, param="messages") from error
+    except (
+        Exception
+    ) as error:  # a template is a program from the model's folder; it may raise anything
+        LOG.warning("chat template raised %s", type(error).__name__, exc_info=True)
+        message = f"the chat template of this model fails on the messages: {type(error).__name__}"
+        raise InvalidRequest(message, param="messages") from error
+    return str(text)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
+    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def _refuse_endless(
+    tokenizer: "PreTrainedTokenizerBase", characters: int, max_context: int, param: str
+) -> None:
+    """A token has so many characters at most, so this many characters are more tokens than fit."""
+    least = characters // vocabulary(tokenizer).longest
+    if least > max_context:
+        raise ContextTooLong(
+            f"This model's maximum context length is {max_context} tokens. However, {param} has"
+            f" {characters} characters, which are at least {least} tokens. Send less text.",
+            param=param,
+        )

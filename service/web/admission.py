@@ -1,0 +1,70 @@
+"""How many requests may be at work at once, and whether their clients are still there."""
+
+import select
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from service.errors import Overloaded
+
+KEPT_FOR_HEALTH = 8
+# Linux says so even when unread bytes stand before the end.
+HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
+
+
+class Slots:
+    """Places for requests that may take long. The rest of the server's threads stays free for
+    health checks.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._count = max(1, threads - KEPT_FOR_HEALTH)
+        self._free = threading.BoundedSemaphore(self._count)
+
+    def take(self) -> "Slot":
+        """A place, at once. Raises Overloaded when all are taken."""
+        if not self._free.acquire(blocking=False):
+            raise Overloaded(f"{self._count} requests are open already; try again soon")
+        return Slot(self._free)
+
+
+class Slot:
+    """One taken place. `release` may be called from any thread and more than once."""
+
+    def __init__(self, free: threading.BoundedSemaphore) -> None:
+        self._free: threading.BoundedSemaphore | None = free
+        self._lock = threading.Lock()
+
+    def release(self) -> None:
+        with self._lock:
+            free, self._free = self._free, None
+        if free is not None:
+            free.release()
+
+
+def client_gone(environ: Mapping[str, Any]) -> bool:
+    """Whether the client has closed its end. Never blocks.
+
+    Known under gunicorn only, which hands out its socket; elsewhere always False. A client that
+    closes only its sending half counts as gone: no HTTP client in use does that.
+    """
+    connection = environ.get("gunicorn.socket")
+    if connection is None:
+        return False
+    try:
+        # poll, because select fails for file descriptors from 1024 on.
+        poll = select.poll()
+        poll.register(connection, select.POLLIN | HUNG_UP)
+        events = poll.poll(0)
+        if not events:
+            return False
+        if events[0][1] & (HUNG_UP | select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            return True
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    except ValueError:  # a closed socket, or TLS, which cannot peek
+        return bool(connection.fileno() < 0)

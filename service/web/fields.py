@@ -1,0 +1,166 @@
+"""Which request fields are done, accepted without effect, or refused.
+
+What OpenAI (or vLLM, whose extensions clients use) specifies and would change the answer is done
+or refused with 400 and `param`. docs/api.md shows these tables and a test compares the two.
+"""
+
+import json
+from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
+
+from service.errors import InvalidRequest
+from service.errors import UnsupportedParameter
+from service.web.body import PARAM
+from service.web.body import short
+
+# Fields that change nothing about the answer: accepted, whatever they hold.
+HARMLESS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "user",
+    }
+)
+
+# Field -> values that ask for nothing. With any other value the field is refused. null is always
+# nothing.
+_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    # OpenAI
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "store": (False,),
+    # vLLM
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+CHAT_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    **_NOT_DONE,
+    "add_special_tokens": (False,),
+    "audio": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+COMPLETION_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    **_NOT_DONE,
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (),
+    "max_completion_tokens": (),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+}
+
+# Of a message.
+MESSAGE_DONE = frozenset({"role", "content", "name"})
+MESSAGE_HARMLESS = frozenset({"annotations"})
+MESSAGE_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+# Of stream_options. The first two are done; the other only pads chunks against eavesdroppers.
+STREAM_OPTIONS_DONE = frozenset({"include_usage", "continuous_usage_stats"})
+STREAM_OPTIONS_HARMLESS = frozenset({"include_obfuscation"})
+
+
+def keep_done(
+    given: Mapping[str, Any],
+    done: Collection[str],
+    harmless: Collection[str],
+    not_done: Mapping[str, tuple[Any, ...]],
+    path: str = "",
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields that are done, and the names nobody specifies. null means absent.
+
+    Raises UnsupportedParameter for a field that is not done and asks for something.
+    """
+    kept: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in given.items():
+        where = path + name
+        if value is None or name in harmless:
+            if name not in done and name not in harmless and name not in not_done:
+                unknown.append(where)
+        elif name in done:
+            kept[name] = value
+        elif name in not_done:
+            if not any(_same(value, nothing) for nothing in not_done[name]):
+                raise UnsupportedParameter(
+                    f"{where} is not done by this server",
+                    param=where,
+                    hint=_way_out(not_done[name]),
+                )
+        else:
+            unknown.append(where)
+    return kept, unknown
+
+
+def refuse_unknown(names: list[str]) -> None:
+    """For `unknown_fields: refuse`."""
+    if names:
+        shown = ", ".join(short(name) for name in names[:10])
+        raise InvalidRequest(f"unknown: {shown}", param=names[0][:PARAM])
+
+
+def _way_out(nothing: tuple[Any, ...]) -> str:
+    values = " or ".join(json.dumps(value) for value in nothing)
+    return f"leave it out, or send {values}" if values else "leave it out"
+
+
+def _same(value: Any, nothing: Any) -> bool:
+    """Equal, where true is not 1 and 0.0 is 0."""
+    return isinstance(value, bool) == isinstance(nothing, bool) and bool(value == nothing)

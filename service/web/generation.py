@@ -1,0 +1,297 @@
+"""The way of every request for text: a slot, a body, prompts into the engine, answers out."""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol
+
+from flask import Response
+from flask import g
+from flask import jsonify
+from flask import request
+
+from service.deployment import Deployment
+from service.deployment import Serving
+from service.engine.sequence import SamplingParams
+from service.engine.sequence import Stream
+from service.errors import ClientGone
+from service.errors import ContextTooLong
+from service.errors import InvalidRequest
+from service.errors import UnknownModel
+from service.text.stream import Piece
+from service.text.stream import pieces
+from service.web import sse
+from service.web.admission import Slots
+from service.web.admission import client_gone
+from service.web.body import read_json
+from service.web.body import short
+from service.web.fields import refuse_unknown
+from service.web.schemas import ChatRequest
+from service.web.schemas import CompletionRequest
+
+LOG = logging.getLogger(__name__)
+TICK_S = 0.25
+
+TextRequest = ChatRequest | CompletionRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request with its prompts as token ids. `param` names them in errors."""
+
+    request: TextRequest
+    prompts: tuple[tuple[int, ...], ...]
+    param: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All text of one sequence."""
+
+    text: str
+    finish_reason: str
+    completion_tokens: int
+
+
+class Shape(Protocol):
+    """How answers are written in JSON: the difference between the two endpoints."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        """A whole answer."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream starts with, before there is text."""
+
+    def delta(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """A part of an answer, or its end."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job that is in the engine."""
+
+    job: Job
+    serving: Serving
+    streams: tuple[Stream, ...]
+    environ: Mapping[str, Any]
+
+    def cancel(self) -> None:
+        for stream in self.streams:
+            stream.cancel()
+
+
+def answer(
+    deployment: Deployment,
+    slots: Slots,
+    read: Callable[[Mapping[str, Any], Serving], Job],
+    shape: Shape,
+) -> Response:
+    """Answer the current request.
+
+    read: turns the JSON body into a Job. The sequences are submitted before a streaming response
+    is built, so that a full queue is a real 429 and a prompt that is too long a real 400.
+    """
+    serving = deployment.serving()
+    config = deployment.config
+    slot = slots.take()  # before reading: a body that comes slowly keeps a thread as well
+    try:
+        body = read_json(request.environ, config.server.max_body)
+        job = read(body, serving)
+        most = config.deployment.max_sequences + config.server.max_queue
+        if len(job.prompts) > most:
+            raise InvalidRequest(
+                f"{job.param} has {len(job.prompts)} prompts; this server takes {most} at once",
+                param=job.param,
+            )
+        deadline = g.started + config.server.request_timeout_s
+        work = _submit(job, serving, deadline, request.environ)
+        if job.request.stream:
+            response = sse.response(sse.stream(_events(work, shape), g.request_id))
+            response.call_on_close(work.cancel)
+            response.call_on_close(slot.release)
+            return response
+        result = jsonify(_whole(work, shape))
+    except BaseException:
+        slot.release()
+        raise
+    slot.release()
+    return result
+
+
+def check_model(name: str, serving: Serving) -> None:
+    """Names are compared, never joined to a path. Raises UnknownModel naming what is served."""
+    if name != serving.model_id:
+        raise UnknownModel(
+            f"the model {short(name)} does not exist here; this server serves {serving.model_id}",
+            param="model",
+        )
+
+
+def note_ignored(names: Sequence[str], unknown_fields: str) -> None:
+    """Names nobody specifies: refused if the operator wants that, else told in a header and the
+    log.
+    """
+    if unknown_fields == "refuse":
+        refuse_unknown(list(names))
+    if names:
+        g.ignored = list(names)
+        LOG.info("request %s: ignored %s", g.request_id, ", ".join(map(short, names[:20])))
+
+
+def _submit(job: Job, serving: Serving, deadline: float, environ: Mapping[str, Any]) -> Work:
+    params = [
+        _sampling(job, serving, len(ids)) for ids in job.prompts
+    ]  # all checked before any runs
+    streams: list[Stream] = []
+    try:
+        for ids, chosen in zip(job.prompts, params, strict=True):
+            streams.append(serving.engine.submit(ids, chosen, deadline))
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return Work(job, serving, tuple(streams), environ)
+
+
+def _sampling(job: Job, serving: Serving, prompt_tokens: int) -> SamplingParams:
+    """Parameters for a prompt of that many tokens. Raises InvalidRequest, ContextTooLong."""
+    wanted = job.request
+    if prompt_tokens == 0:
+        raise InvalidRequest(f"{job.param} is empty", param=job.param)
+    left = serving.max_context - prompt_tokens
+    limit = left if wanted.limit is None else wanted.limit
+    if limit > left or left < 1:
+        asked = f" and you asked for {limit} more" if wanted.limit is not None else ""
+        raise ContextTooLong(
+            f"This model's maximum context length is {serving.max_context} tokens. However,"
+            f" {job.param} has {prompt_tokens} tokens{asked}."
+            " Send less text or ask for fewer tokens.",
+            param=job.param,
+        )
+    own_stops = frozenset() if wanted.ignore_eos else serving.stop_ids
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=_first(wanted.temperature, serving.defaults.get("temperature"), 1.0),
+        top_k=max(0, int(_first(wanted.top_k, serving.defaults.get("top_k"), 0))),
+        top_p=_first(wanted.top_p, serving.defaults.get("top_p"), 1.0),
+        seed=wanted.seed,
+        stop_ids=own_stops | set(wanted.stop_token_ids),
+    )
+
+
+def _first(asked: float | None, recommended: float | None, otherwise: float) -> float:
+    """What the request asks for, else what the model's publisher recommends, else OpenAI's
+    default.
+    """
+    if asked is not None:
+        return float(asked)
+    return float(otherwise if recommended is None else recommended)
+
+
+def _arriving(work: Work) -> Iterator[tuple[int, Piece]]:
+    """Pieces of all answers as they come, each with its index. Cancels everything if not read to
+    the end.
+
+    Raises ClientGone when the client has left (looked at every TICK_S, also while queued), or the
+    error of a sequence.
+    """
+    stop = work.job.request.stop
+    # Several streams are asked in turn, so none may keep the others waiting for long.
+    tick_s = TICK_S if len(work.streams) == 1 else TICK_S / 5 / len(work.streams)
+    running = {
+        index: pieces(work.serving.tokenizer, stream, stop, tick_s)
+        for index, stream in enumerate(work.streams)
+    }
+    looked = time.monotonic()
+    try:
+        while running:
+            for index in list(running):
+                piece = next(running[index])
+                if time.monotonic() - looked >= TICK_S:
+                    looked = time.monotonic()
+                    if client_gone(work.environ):
+                        raise ClientGone("the client closed the connection")
+                if piece.finish_reason is not None:
+                    del running[index]
+                yield index, piece
+    except BaseException:
+        work.cancel()
+        raise
+
+
+def _whole(work: Work, shape: Shape) -> dict[str, Any]:
+    texts: list[list[str]] = [[] for _ in work.streams]
+    answers: list[Answer | None] = [None for _ in work.streams]
+    for index, piece in _arriving(work):
+        texts[index].append(piece.text)
+        if piece.finish_reason is not None:
+            answers[index] = Answer(
+                "".join(texts[index]), piece.finish_reason, piece.completion_tokens
+            )
+    done = [answer for answer in answers if answer is not None]
+    choices = [shape.choice(index, answer) for index, answer in enumerate(done)]
+    counts = [answer.completion_tokens for answer in done]
+    return {
+        **_head(work, shape.prefix, shape.object),
+        "choices": choices,
+        "usage": _usage(work, counts),
+    }
+
+
+def _events(work: Work, shape: Shape) -> Iterator[dict[str, Any] | None]:
+    """Chunks of a streamed answer; None when there is nothing to say."""
+    head = _head(work, shape.prefix, shape.chunk_object)
+    options = work.job.request.stream_options
+    counts = [0 for _ in work.streams]
+
+    def chunk(choice: dict[str, Any]) -> dict[str, Any]:
+        event = {**head, "choices": [choice]}
+        if options.continuous_usage_stats:
+            event["usage"] = _usage(work, counts)
+        elif options.include_usage:
+            event["usage"] = None
+        return event
+
+    for index in range(len(work.streams)):
+        opening = shape.opening(index)
+        if opening is not None:
+            yield chunk(opening)
+    for index, piece in _arriving(work):
+        counts[index] = piece.completion_tokens
+        if piece.text:
+            yield chunk(shape.delta(index, piece.text, None))
+        if piece.finish_reason is not None:
+            yield chunk(shape.delta(index, "", piece.finish_reason))
+        elif not piece.text:
+            yield None
+    if options.include_usage:
+        yield {**head, "choices": [], "usage": _usage(work, counts)}
+
+
+def _head(work: Work, prefix: str, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": work.serving.model_id,
+    }
+
+
+def _usage(work: Work, completion_tokens: Sequence[int]) -> dict[str, int]:
+    prompt = sum(stream.prompt_tokens for stream in work.streams)
+    completion = sum(completion_tokens)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }

@@ -1,0 +1,12 @@
+"""The app that gunicorn serves."""
+
+from flask import Flask
+
+from service.config.schema import Config
+from service.deployment import Deployment
+from service.web.app import create_app
+
+
+def build(config: Config) -> Flask:
+    """The Flask app around this configuration's deployment. Loads nothing."""
+    return create_app(Deployment(config))

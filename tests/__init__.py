@@ -1,0 +1,1 @@
+"""The tests are a package, so that `tests.support` can be imported from every room."""

@@ -1,0 +1,97 @@
+"""Every GPU strategy, served by gunicorn with a valid certificate."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import GUNICORN
+from tests.support.server import running
+
+pytestmark = pytest.mark.gpu
+GIB = 2**30
+ANSWERS: dict[str, str] = {}
+
+
+def config(folder: Path, model: Path, **keys: object) -> None:
+    lines = [f"      {key}: {json.dumps(value)}" for key, value in keys.items()]
+    (folder / "moorage.yaml").write_text(
+        "version: 1\ndeployments:\n  gpu:\n"
+        + "\n".join([f"      model: {model}", "      max_context: 1024", *lines])
+        + "\n"
+    )
+
+
+def serve_and_ask(folder: Path) -> dict:
+    """Start gunicorn, wait until it is ready, ask 8 clients at once, return /placement."""
+    with running(folder, command=GUNICORN) as server:
+        server.wait_ready()
+        with ThreadPoolExecutor(8) as clients:
+            answers = set(clients.map(lambda _: server.chat("Hello", max_tokens=12), range(8)))
+        assert len(answers) == 1, "the same question at temperature 0 has one answer"
+        document = server.placement()
+        document["answer"] = answers.pop()
+        server.process.terminate()
+        assert server.wait_exit() == 0
+    assert document["certificate"]["valid"]
+    for device in document["devices"]:
+        print(device["id"], device["planned"], device["measured"], device["modules"])
+    print([(c["class"], c["status"], c["checked"]) for c in document["certificate"]["checks"]])
+    return document
+
+
+def within(share: float, planned: int, measured: int) -> bool:
+    return abs(measured - planned) <= share * planned
+
+
+def test_single_gpu(tmp_path: Path, big_llama: Path):
+    config(tmp_path, big_llama, strategy="single-gpu")
+    document = serve_and_ask(tmp_path)
+    (device,) = document["devices"]
+    assert device["id"] == "cuda:0"
+    assert within(0.03, device["planned"]["weights"], document["certificate"]["devices"]["cuda:0"])
+    ANSWERS["single-gpu"] = document["answer"]
+
+
+def test_auto_shard_forced_to_offload_part_to_the_cpu(tmp_path: Path, big_llama: Path):
+    config(
+        tmp_path,
+        big_llama,
+        strategy="auto-shard",
+        on_no_fit="offload-cpu",
+        max_sequences=2,
+        max_memory={"cuda:0": int(2.0 * GIB)},
+    )
+    document = serve_and_ask(tmp_path)
+    assert [device["id"] for device in document["devices"]] == ["cuda:0", "cpu"]
+    assert document["certificate"]["devices"]["cpu"] > 0.1 * GIB
+    if "single-gpu" in ANSWERS:
+        assert document["answer"] == ANSWERS["single-gpu"]
+
+
+def test_nf4(tmp_path: Path, big_llama: Path):
+    config(tmp_path, big_llama, strategy="single-gpu", quantize="nf4")
+    document = serve_and_ask(tmp_path)
+    assert document["certificate"]["quantized_linears"] == 24 * 7
+    (device,) = document["devices"]
+    assert within(0.03, device["planned"]["weights"], document["certificate"]["devices"]["cuda:0"])
+
+
+def test_int8(tmp_path: Path, big_llama: Path):
+    config(tmp_path, big_llama, strategy="auto-shard", quantize="int8")
+    document = serve_and_ask(tmp_path)
+    assert document["certificate"]["quantized_linears"] == 24 * 7
+
+
+def test_four_bit_strategy_takes_the_gpu(tmp_path: Path, big_llama: Path):
+    config(tmp_path, big_llama, strategy="four-bit")
+    document = serve_and_ask(tmp_path)
+    assert document["devices"][0]["id"] == "cuda:0"
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_number(tmp_path: Path, big_llama: Path):
+    config(tmp_path, big_llama, strategy="single-gpu", options={"device": 63})
+    with running(tmp_path, command=GUNICORN) as server:
+        assert server.wait_exit() == 4
+        assert "cuda:63" in server.text

@@ -1,0 +1,65 @@
+"""A deployment with nothing behind it: what the web room is given, in any state a test wants."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+from pydantic import SecretStr
+
+from service.config.schema import Config
+from service.config.schema import DeploymentConfig
+from service.config.schema import ServerConfig
+from service.errors import NotReady
+from tests.support.fake_engine import FakeEngine
+from tests.support.tiny import IM_END
+from tests.support.tiny import tiny_tokenizer
+
+MODEL_ID = "tiny/chat"
+
+
+def fake_config(*, api_keys: Sequence[str] = (), max_sequences: int = 8, **server: Any) -> Config:
+    """A configuration as `reading` would make it. server: keys of the server block."""
+    return Config(
+        path=None,
+        name="test",
+        server=ServerConfig(**server),
+        deployment=DeploymentConfig(max_sequences=max_sequences),
+        origins={},
+        api_keys=tuple(SecretStr(key) for key in api_keys),
+    )
+
+
+@dataclass(frozen=True)
+class FakeServing:
+    engine: Any = field(default_factory=FakeEngine)
+    tokenizer: Any = field(default_factory=tiny_tokenizer)
+    model_id: str = MODEL_ID
+    created: int = 1_700_000_000
+    stop_ids: frozenset[int] = frozenset({IM_END})
+    max_context: int = 200
+    defaults: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class FakeDeployment:
+    """Ready unless `state` says otherwise."""
+
+    config: Config = field(default_factory=fake_config)
+    state: str = "ready"
+    progress: float = 1.0
+    model: FakeServing = field(default_factory=FakeServing)
+
+    def document(self) -> dict[str, Any]:
+        return {"object": "placement", "schema": 1, "state": self.state, "progress": self.progress}
+
+    def serving(self) -> FakeServing:
+        if self.state != "ready":
+            raise NotReady(f"{self.state} {self.progress:.0%}, try again", retry_after_s=7)
+        return self.model
+
+    def start(self) -> None:
+        self.state = "ready"
+
+    def drain(self, seconds: float) -> None:
+        self.state = "draining"
