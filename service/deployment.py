@@ -29,6 +29,7 @@ from service.text.tokenizer import sampling_defaults
 from service.text.tokenizer import stop_ids
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase
 
     from service.engine.engine import Engine
@@ -80,6 +81,10 @@ class Attempt:
         }
 
 
+class _Ended(Exception):
+    """The start failed or was stopped while the loader thread was busy: nothing is left to do."""
+
+
 class Deployment:
     """The deployment of this process. Methods may be called from any thread.
 
@@ -122,7 +127,8 @@ class Deployment:
 
     def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs finish within `seconds`, then end the rest."""
-        self.state = "draining"
+        with self._lock:
+            self.state = "draining"
         if self._serving is not None:
             self._serving.engine.drain(seconds)
             self._serving.engine.close()
@@ -173,6 +179,8 @@ class Deployment:
     def _run(self) -> None:
         try:
             serving = self._bring_up()
+        except _Ended:
+            return
         except ServiceError as error:
             self._fail(error)
         except Exception as error:  # nobody waits for this thread: whatever it is must be seen
@@ -187,6 +195,15 @@ class Deployment:
                 self.progress = 1.0
                 self.state = "ready"
             self.on_ready(serving.model_id)
+
+    def _enter(self, state: str) -> None:
+        """Go on to the next state. Raises _Ended after the end: what timed out or is being drained
+        stays so, although a hook that hung has come back.
+        """
+        with self._lock:
+            if self.state in ("failed", "draining"):
+                raise _Ended
+            self.state = state
 
     def _fail(self, error: ServiceError) -> None:
         with self._lock:
@@ -203,7 +220,7 @@ class Deployment:
         from service.placement import loading
 
         chain = self._chain()
-        self.state = "loading"
+        self._enter("loading")
         model = locate(self.config, lambda stage, share: self._advance(share * LOCATED))
         self._model = model
         for position, strategy in enumerate(chain):
@@ -215,12 +232,12 @@ class Deployment:
                 return self._attempt(strategy, model, machine, held, first=position == 0)
             except StartupError as error:
                 failure = error.bare()
-            loading.reclaim(held[0] if held else None, before)
             self._attempts.append(Attempt(strategy.name, failure, time.monotonic() - started))
             if position + 1 == len(chain):
                 raise failure
             following = chain[position + 1].name
             log.warning("%s  Trying strategy %s.", failure.one_line(), following)
+            loading.reclaim(held[0] if held else None, before)
         raise LoadFailed("no strategy was given")
 
     def _chain(self) -> "list[Strategy]":
@@ -252,7 +269,7 @@ class Deployment:
         from service.placement.certificate import certify
 
         self._strategy, self._placement, self._certificate = strategy, None, None
-        self.state = "loading"
+        self._enter("loading")
         watchdog = threading.Timer(model.load_timeout_s, self._timed_out, [strategy, model])
         watchdog.daemon = True
         watchdog.start()
@@ -268,13 +285,13 @@ class Deployment:
                 lambda share: self._advance(LOCATED + share * (LOADED - LOCATED)),
             )
             held.append(weakref.ref(loaded.model))
-            self.state = "validating"
+            self._enter("validating")
             self._advance(LOADED)
             certificate = certify(loaded)
             self._certificate = certificate
             failure = certificate.failure()
             if failure is not None:
-                strategy.release(loaded.model)
+                self._release(strategy, loaded.model)
                 raise failure
             self._warnings = [*self.config.notices, *placement.notes, *loaded.notes]
             return self._serve(loaded)
@@ -300,7 +317,7 @@ class Deployment:
             engine.start()
         except BaseException:
             engine.close()
-            loaded.strategy.release(model)
+            self._release(loaded.strategy, model)
             raise
         return Serving(
             config.model_id,
@@ -311,6 +328,13 @@ class Deployment:
             runner.capacity,
             sampling_defaults(model),
         )
+
+    def _release(self, strategy: "Strategy", model: "PreTrainedModel") -> None:
+        """After a failure that is worth more than what `release` may raise."""
+        try:
+            strategy.release(model)
+        except ServiceError as error:
+            log.warning("%s", error.one_line())
 
     def _advance(self, share: float) -> None:
         """Progress only grows; every tenth is logged."""

@@ -157,9 +157,7 @@ class Hooks:
         set_missing(compute_environment(usable_cores()))
 
     def post_worker_init(self, worker: Any) -> None:
-        """The app has been built: load the model beside it, so that health answers from the
-        start.
-        """
+        """The app is built: load the model beside it, so that health answers meanwhile."""
         deployment = worker.wsgi.extensions["moorage"]
         address = str(worker.sockets[0])
 

@@ -57,9 +57,7 @@ DIED = 70
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """The one process that owns the model. The post_fork hook gives it the attributes that are
-    None here.
-    """
+    """The one process that owns the model. The post_fork hook sets its public attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -172,7 +172,15 @@ def quantized_as_asked(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
     asked = loaded.config.quantize
     linears = quantized_linears(loaded)
     planned = loaded.placement.quantized
-    if asked == "none" and not planned:
+    if asked == "none":
+        if linears and planned is not None and len(linears) != planned:
+            raise PlacementMismatch(
+                f"quantize is none, but {len(linears)} linears are quantised (F13); "
+                f"{planned} were planned",
+                hint="set quantize, or let the strategy's plan say what it quantises",
+                failure_class="F13",
+                tensors=[f"{name}.weight" for name in linears],
+            )
         return len(linears)
     if not linears or (planned is not None and len(linears) != planned):
         of = planned if planned else "all"

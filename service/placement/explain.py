@@ -18,7 +18,11 @@ from service.placement.hardware import Cpu
 from service.placement.hardware import Gpu
 from service.placement.hardware import Hardware
 from service.placement.plan import DeviceMemory
+from service.placement.plan import ModuleGroup
 from service.placement.plan import Placement
+from service.placement.plan import Unit
+from service.placement.plan import groups
+from service.placement.plan import runs
 from service.placement.registry import Registry
 from service.placement.registry import Strategy
 
@@ -101,43 +105,25 @@ def explain(
 
 def _devices(placement: Placement, hardware: Hardware) -> Iterator[DevicePlan]:
     """Every device of the machine, used or not, and the disk if it is used."""
-    cpu = hardware.cpu
+    cpu, found = hardware.cpu, groups(placement)
     facts = [(g.id, g.name, g.total_bytes, g.free_bytes) for g in hardware.gpus]
     facts.append(("cpu", "", cpu.total_bytes, cpu.free_bytes))
     if "disk" in placement.memory:
         facts.append(("disk", "", hardware.disk_free_bytes, hardware.disk_free_bytes))
     for device, name, total, free in facts:
         planned = placement.memory.get(device, DeviceMemory())
-        modules = [module for module, place in placement.module_map.items() if place == device]
-        yield DevicePlan(device, name, total, free, planned, summarise(modules))
+        here = found.get(device, [])
+        modules = tuple((short(group), group.count) for group in here)
+        if placement.module_map == {"": device}:
+            modules = (("the whole model", 1),)
+        yield DevicePlan(device, name, total, free, planned, modules)
 
 
-def summarise(modules: list[str]) -> tuple[tuple[str, int], ...]:
-    """Names in short: ["model.layers.0", "model.layers.1", "lm_head"] -> layers.0-1 (2), lm_head.
-
-    "" is the whole model.
-    """
-    found: list[tuple[str, int]] = []
-    run: tuple[str, int, int] | None = None
-
-    def close() -> None:
-        if run is not None:
-            name, first, last = run
-            found.append(
-                (f"{name}.{first}-{last}" if last > first else f"{name}.{first}", 1 + last - first)
-            )
-
-    for module in modules:
-        match = re.fullmatch(r"(?:.*\.)?(\w+)\.(\d+)", module)
-        if match and run and run[0] == match[1] and int(match[2]) == run[2] + 1:
-            run = (run[0], run[1], run[2] + 1)
-            continue
-        close()
-        run = (match[1], int(match[2]), int(match[2])) if match else None
-        if match is None:
-            found.append((module.rpartition(".")[2] or "the whole model", 1))
-    close()
-    return tuple(found)
+def short(group: ModuleGroup) -> str:
+    """A group's name without what leads to it: "layers.0-39", "lm_head"."""
+    parts = group.name.split(".")
+    numbered = parts[-1].replace("-", "").isdigit() and len(parts) > 1
+    return ".".join(parts[-2:]) if numbered else parts[-1]
 
 
 def _room(placement: Placement, devices: tuple[DevicePlan, ...]) -> int:
@@ -256,22 +242,16 @@ def _auto_map(config: ModelConfig, hardware: Hardware) -> dict[str, str]:
     return {n: f"cuda:{d}" if isinstance(d, int) else str(d) for n, d in found.items()}
 
 
-def _auto_units(
-    config: ModelConfig, hardware: Hardware
-) -> tuple[dict[str, list[str]], dict[str, DeviceMemory]] | None:
-    """Per device of the "auto" map: its units, their bytes. None: there is nothing to compare."""
+def _auto_units(config: ModelConfig, hardware: Hardware) -> dict[str, list[Unit]] | None:
+    """Per device of the "auto" map its units. None: there is nothing to compare."""
     if not hardware.gpus or config.quantize != "none" or config.trust_remote_code:
         return None
     auto = _auto_map(config, hardware)
     measured = footprint.measure(config, on_cpu=False, native_bfloat16=hardware.cpu.bfloat16)
-    names: dict[str, list[str]] = {}
-    sums: dict[str, DeviceMemory] = {}
+    found: dict[str, list[Unit]] = {}
     for unit in measured.units:
-        device = _covering(unit.name, auto)
-        names.setdefault(device, []).append(unit.name)
-        before = sums.get(device, DeviceMemory())
-        sums[device] = DeviceMemory(before.weights + unit.weights, before.kv + unit.kv)
-    return names, sums
+        found.setdefault(_covering(unit.name, auto), []).append(unit)
+    return found
 
 
 def _covering(name: str, auto: Mapping[str, str]) -> str:
@@ -287,17 +267,16 @@ def _left_to_itself(config: ModelConfig, hardware: Hardware) -> Iterator[str]:
     found = _auto_units(config, hardware)
     if found is None:
         return
-    names, sums = found
     parts = []
-    for device, units in names.items():
-        layers = [name for name in units if re.search(r"\.\d+$", name)]
-        words = ", ".join(name for name, _ in summarise(layers or units))
+    for device, units in found.items():
+        layers = [unit for unit in units if unit.kv]
+        words = ", ".join(short(group) for group in runs(layers or units))
         words = re.sub(r"(\w+)\.(\d+(-\d+)?)", r"\1 \2", words)
         parts.append(f"{words} {'in RAM' if device == 'cpu' else 'on ' + device}")
-    away = sum(memory.weights for device, memory in sums.items() if device in ("cpu", "disk"))
+    away = sum(unit.weights for rest in ("cpu", "disk") for unit in found.get(rest, []))
     yield f'Left to itself, device_map="auto" would put {", ".join(parts)}' + (
         f"; every token would then read {away / GIB:.1f} GiB over PCIe"
-        f"{' and disk' if 'disk' in sums else ''}."
+        f"{' and disk' if 'disk' in found else ''}."
         if away
         else ", with no room for the KV cache."
     )
@@ -312,12 +291,9 @@ def _auto_would_overflow(
     found = _auto_units(config, hardware)
     if found is None:
         return
-    names, sums = found
-    counts = "/".join(
-        str(sum(1 for n in units if re.search(r"\.\d+$", n))) for units in names.values()
-    )
+    counts = "/".join(str(sum(1 for u in units if u.kv)) for units in found.values())
     for gpu in hardware.gpus:
-        over = sums.get(gpu.id, DeviceMemory()).total - gpu.free_bytes
+        over = sum(u.weights + u.kv for u in found.get(gpu.id, [])) - gpu.free_bytes
         if over > 0:
             yield (
                 f"accelerate's balanced map ({counts} layers) would overflow {gpu.id} by "

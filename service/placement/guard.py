@@ -23,7 +23,8 @@ from transformers import initialization
 
 from service.errors import LoadFailed
 
-LOAD_LOCK = threading.Lock()
+# re-entrant: a strategy may look at the model's shape again while it loads
+LOAD_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,11 @@ def detect(offload_folder: Path) -> Hardware:
             free, total = torch.cuda.mem_get_info(index)
             gpus.append(Gpu(index, torch.cuda.get_device_name(index), total, free))
     memory = psutil.virtual_memory()
-    limit = _cgroup_limit()
-    total = min(memory.total, limit) if limit else memory.total
-    cpu = Cpu(
-        total,
-        min(memory.available, total),
-        psutil.cpu_count(logical=False) or 1,
-        _native_bfloat16(),
-    )
+    limit, used = _cgroup_memory()
+    total = min(memory.total, limit)
+    free = min(memory.available, limit - used)
+    cores = psutil.cpu_count(logical=False) or 1
+    cpu = Cpu(total, free, cores, _native_bfloat16())
     folder = next(p for p in (offload_folder, *offload_folder.absolute().parents) if p.exists())
     return Hardware(cpu, tuple(gpus), psutil.disk_usage(str(folder)).free)
 
@@ -111,16 +108,29 @@ def _size(text: str) -> int:
     return size
 
 
-def _cgroup_limit() -> int | None:
-    """The container's memory limit in bytes (cgroup v2, then v1), or None."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+def _cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """The container's memory limit and what it uses, in bytes (cgroup v2, v1); no limit is 2**63.
+
+    Page cache that can be dropped does not count as used.
+    """
+    v2 = (root / "memory.max", root / "memory.current", root / "memory.stat", "inactive_file")
+    v1_root = root / "memory"
+    v1 = (
+        v1_root / "memory.limit_in_bytes",
+        v1_root / "memory.usage_in_bytes",
+        v1_root / "memory.stat",
+        "total_inactive_file",
+    )
+    for limit, used, stat, cache in (v2, v1):
         try:
-            text = Path(path).read_text().strip()
-        except OSError:
+            most = limit.read_text().strip()
+            now = int(used.read_text())
+            facts = dict(line.split() for line in stat.read_text().splitlines())
+        except (OSError, ValueError):
             continue
-        if text.isdigit() and int(text) < 2**60:
-            return int(text)
-    return None
+        if most.isdigit() and int(most) < 2**60:  # v2 writes "max" for none, v1 an absurd number
+            return int(most), max(0, now - int(facts.get(cache, 0)))
+    return 2**63, 0
 
 
 def _native_bfloat16() -> bool:

@@ -98,7 +98,11 @@ def load(
             hint="load models through Moorage only, or in another process",
             failure_class="F4",
         )
-    check_keys(keys, placement.allows)
+    try:
+        check_keys(keys, placement.allows)
+    except PlacementMismatch:
+        model = None  # the traceback holds this frame
+        raise
     model.eval()
     seconds = time.monotonic() - started
     return Loaded(model, strategy, config, placement, tuple(keys), seconds, tuple(notes))
@@ -182,6 +186,8 @@ def observed(progress: Progress) -> Iterator[list[KeyReport]]:
 
     # it warns once per layer and step that it casts, and about kernels it does without
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # it warns of every offload; the certificate says whether it was meant
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     hook = transformers_logging.set_tqdm_hook(
         lambda factory, args, kwargs: _Bar(progress, args, kwargs)
     )

@@ -1,5 +1,6 @@
 """Placement: what a strategy decided, as data. `moorage plan` prints what `load` passes on."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -82,28 +83,30 @@ class ModuleGroup:
 
 
 def groups(placement: Placement) -> dict[str, list[ModuleGroup]]:
-    """Device -> its units in order, runs of numbered neighbours written as one."""
-    found: dict[str, list[ModuleGroup]] = {device: [] for device in placement.devices}
-    run: list[Unit] = []
-    last = ""
-
-    def flush() -> None:
-        if not run:
-            return
-        first, end = run[0].name, run[-1].name.rpartition(".")[2]
-        name = first if len(run) == 1 else f"{first}-{end}"
-        size = sum(unit.weights for unit in run)
-        found.setdefault(last, []).append(ModuleGroup(name, len(run), size))
-        run.clear()
-
+    """Device -> its units in the model's order, runs of numbered neighbours written as one."""
+    found: dict[str, list[Unit]] = {device: [] for device in placement.devices}
     for unit in placement.units:
-        device = device_of(unit.name, placement.module_map) or "?"
-        if device != last or not (run and _follows(run[-1].name, unit.name)):
-            flush()
-        run.append(unit)
-        last = device
-    flush()
-    return found
+        device = device_of(unit.name, placement.module_map)
+        if device is not None:
+            found.setdefault(device, []).append(unit)
+    return {device: runs(units) for device, units in found.items()}
+
+
+def runs(units: Iterable[Unit]) -> list[ModuleGroup]:
+    """Units with runs of numbered neighbours written as one."""
+    found: list[list[Unit]] = []
+    for unit in units:
+        if found and _follows(found[-1][-1].name, unit.name):
+            found[-1].append(unit)
+        else:
+            found.append([unit])
+    return [_group(run) for run in found]
+
+
+def _group(run: list[Unit]) -> ModuleGroup:
+    first, end = run[0].name, run[-1].name.rpartition(".")[2]
+    name = first if len(run) == 1 else f"{first}-{end}"
+    return ModuleGroup(name, len(run), sum(unit.weights for unit in run))
 
 
 def device_of(name: str, module_map: Mapping[str, str]) -> str | None:

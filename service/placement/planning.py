@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.config.schema import ModelConfig
+from service.config.suggesting import did_you_mean
 from service.errors import DoesNotFit
+from service.errors import PlacementMismatch
 from service.errors import PlacementUnavailable
 from service.placement.hardware import Hardware
 from service.placement.plan import DeviceMemory
 from service.placement.plan import Placement
+from service.placement.plan import Unit
 from service.placement.plan import device_of
 
 GIB = 2**30
@@ -36,21 +39,7 @@ def on_one_device(config: ModelConfig, hardware: Hardware, device: str) -> Place
     short = footprint.weights + footprint.kv + overhead - budget
     if short > 0:
         raise _does_not_fit(config, footprint, {device: budget - overhead})
-    return Placement(
-        devices=(device,),
-        module_map={"": device},
-        memory={device: DeviceMemory(footprint.weights, footprint.kv, overhead)},
-        load_kwargs=load_kwargs(config, footprint.dtype, {"": _torch_key(device)}),
-        main_device=device,
-        quantized=footprint.quantized,
-        kv_bytes_per_token=footprint.kv_bytes_per_token,
-        kv_tokens=footprint.kv_tokens,
-        parameters=footprint.parameters,
-        dtype=footprint.dtype,
-        context=footprint.context,
-        units=footprint.units,
-        notes=_context_note(config, footprint.context),
-    )
+    return _placed(config, footprint, [device], {unit.name: device for unit in footprint.units})
 
 
 def spread(config: ModelConfig, hardware: Hardware) -> Placement:
@@ -68,38 +57,120 @@ def spread(config: ModelConfig, hardware: Hardware) -> Placement:
     footprint = _measure(config, hardware, names[0])
     overhead = _overhead(footprint.activations, (footprint.weights + footprint.kv) // len(names))
     room = {device: size - overhead for device, size in room.items()}
-    units = [unit for unit in footprint.units if unit.name not in footprint.ties]
-    places = fitting.balance(units, room)
+    parts = [unit for unit in footprint.units if unit.name not in footprint.ties]
+    places = fitting.balance(parts, room)
     fit = None if places is None else fitting.Fit(places)
     if fit is None and config.on_no_fit != "refuse":
-        if config.quantize != "none":
-            raise DoesNotFit(
-                f"{config.model_id} does not fit {', '.join(names)}, and weights quantised to "
-                f"{config.quantize} cannot be offloaded: bitsandbytes would leave them as they are "
-                "(F13)",
-                hint="lower max_context or max_sequences, or set quantize: none with offload",
-                failure_class="F12",
-            )
-        fit = fitting.offload(units, room, _stores(config, hardware, names))
+        fit = fitting.offload(parts, room, _stores(config, hardware, names))
     if fit is None:
         raise _does_not_fit(config, footprint, room)
-    module_map = dict(fit.map)
+    return _placed(config, footprint, names, fit.map)
+
+
+def mapped(config: ModelConfig, hardware: Hardware, module_map: Mapping[str, str]) -> Placement:
+    """The model where a map of yours says: for strategies with a placement of their own.
+
+    module_map: module name -> "cuda:N", "cpu" or "disk"; a module without an entry is where its
+    nearest parent is, "" is the whole model. Names are those of `units`, or their parents; a tied
+    head follows its embedding. On a machine with cards, what is mapped to "cpu" only rests there
+    and runs on the first card of the map, as what is mapped to "disk" does.
+    Raises PlacementMismatch (F10) for a name that the model does not have or a module without an
+    entry, PlacementUnavailable (F19), DoesNotFit (F20) for the device that is too small.
+    """
+    need_quantizer(config)
+    wanted = [device for device in dict.fromkeys(module_map.values()) if device != "disk"]
+    cards = sorted((d for d in wanted if d != "cpu"), key=lambda d: int(d.rpartition(":")[2]))
+    names = cards or ["cpu"]
+    room = budgets(config, hardware, list(dict.fromkeys((*names, *wanted))))
+    room["disk"] = _disk(config, hardware)
+    footprint = _measure(config, hardware, names[0])
+    made = _placed(config, footprint, names, _expand(footprint, module_map))
+    for device, memory in made.memory.items():
+        if memory.total > room[device]:
+            needs = f"{_gib(memory.weights)} of weights, {_gib(memory.kv)} of KV cache"
+            raise DoesNotFit(
+                f"{device} would need {needs} and {_gib(memory.overhead)} of overhead, and has "
+                f"{_gib(room[device])} (F20)",
+                hint=f"map less to {device}, or lower max_context or max_sequences",
+                failure_class="F20",
+            )
+    return made
+
+
+def units(config: ModelConfig, hardware: Hardware) -> tuple[Unit, ...]:
+    """The parts of the model that can be placed, in its order: what a map can name.
+
+    Layers are the units with KV.
+    """
+    return tuple(_measure(config, hardware, hardware.gpus[0].id if hardware.gpus else "cpu").units)
+
+
+def _expand(footprint: Any, module_map: Mapping[str, str]) -> dict[str, str]:
+    """Unit -> device by whole dotted names, without tied ones. Raises PlacementMismatch (F10)."""
+    from service.placement.tensors import listed
+
+    names = [unit.name for unit in footprint.units]
+    parents = {"", *names}
+    for name in names:
+        while name := name.rpartition(".")[0]:
+            parents.add(name)
+    unknown = [name for name in module_map if name not in parents]
+    if unknown:
+        meant = did_you_mean(unknown[0], parents)
+        raise PlacementMismatch(
+            f"the model has no module {listed(unknown)} to place{meant} (F10)",
+            hint=f"it can be placed by {listed(names, 6)}",
+            failure_class="F10",
+            tensors=unknown,
+        )
+    places = {name: device_of(name, module_map) for name in names if name not in footprint.ties}
+    lost = [name for name, device in places.items() if device is None]
+    if lost:
+        raise PlacementMismatch(
+            f"the map has no device for {listed(lost)} (F10)",
+            hint='add their entries, or "" for everything else',
+            failure_class="F10",
+            tensors=lost,
+        )
+    return {name: device for name, device in places.items() if device is not None}
+
+
+def _placed(
+    config: ModelConfig, footprint: Any, names: list[str], places: Mapping[str, str]
+) -> Placement:
+    """The Placement of a model whose units are where `places` says. names: devices that compute.
+
+    Raises DoesNotFit when quantised weights would be offloaded.
+    """
+    module_map = dict(places)
     for follower, leader in footprint.ties.items():
         module_map[follower] = device_of(leader, module_map) or names[0]
     used = tuple(dict.fromkeys(d for d in (*names, "cpu", "disk") if d in module_map.values()))
     # the embedding is the first unit, and accelerate runs what is offloaded on the lowest card
     main = used[0]
+    away = [unit for unit in footprint.units if module_map[unit.name] not in names]
+    if away and config.quantize != "none":
+        raise DoesNotFit(
+            f"{len(away)} parts of {config.model_id} would be offloaded from {', '.join(names)}, "
+            f"and weights quantised to {config.quantize} cannot be offloaded: bitsandbytes would "
+            "leave them as they are (F13)",
+            hint="lower max_context or max_sequences, or set quantize: none with offload",
+            failure_class="F12",
+        )
+    # an offloaded layer runs on the main device: its KV is there, and its weights pass through
+    staging = max((unit.weights for unit in away), default=0)
+    staged_kv = sum(unit.kv for unit in away)
+    overhead = _overhead(footprint.activations, (footprint.weights + footprint.kv) // len(names))
     memory = {}
     for device in used:
         here = [unit for unit in footprint.units if module_map[unit.name] == device]
         runs = device in names
         memory[device] = DeviceMemory(
             sum(unit.weights for unit in here),
-            (sum(unit.kv for unit in here) if runs else 0)
-            + (fit.staged_kv if device == main else 0),
-            (overhead if runs else 0) + (fit.staging if device == main else 0),
+            (sum(unit.kv for unit in here) if runs else 0) + (staged_kv if device == main else 0),
+            (overhead if runs else 0) + (staging if device == main else 0),
         )
-    away = {d: m.weights for d, m in memory.items() if d not in names}
+    resting = {d: m.weights for d, m in memory.items() if d not in names}
     whole = set(module_map.values()) == {main}
     device_map = {name: _torch_key(device) for name, device in module_map.items()}
     return Placement(
@@ -118,7 +189,10 @@ def spread(config: ModelConfig, hardware: Hardware) -> Placement:
         dtype=footprint.dtype,
         context=footprint.context,
         units=footprint.units,
-        notes=(*_context_note(config, footprint.context), *_offload_notes(away, footprint.weights)),
+        notes=(
+            *_context_note(config, footprint.context),
+            *_offload_notes(resting, footprint.weights),
+        ),
     )
 
 
@@ -220,9 +294,13 @@ def _stores(config: ModelConfig, hardware: Hardware, names: list[str]) -> dict[s
     if "cpu" not in names:
         stores.update(budgets(config, hardware, ["cpu"]))
     if config.on_no_fit == "offload-disk":
-        free = hardware.disk_free_bytes - config.keep_free.get("disk", 0)
-        stores["disk"] = min(free, config.max_memory.get("disk", free))
+        stores["disk"] = _disk(config, hardware)
     return stores
+
+
+def _disk(config: ModelConfig, hardware: Hardware) -> int:
+    free = hardware.disk_free_bytes - config.keep_free.get("disk", 0)
+    return min(free, config.max_memory.get("disk", free))
 
 
 def _overhead(activations: int, resident: int) -> int:

@@ -56,7 +56,7 @@ class Strategy:
         """See `hookspecs.plan`. Raises PluginError if the plugin breaks."""
         placement = self._call("plan", config=config, hardware=hardware)
         if not isinstance(placement, Placement):
-            raise self._broke("plan", f"returned {placement!r:.80}; it must return a Placement")
+            raise self._broke("plan", f"returned {_short(placement)}; it must return a Placement")
         return placement
 
     def load(self, config: ModelConfig, placement: Placement) -> "PreTrainedModel":
@@ -65,7 +65,7 @@ class Strategy:
 
         model = self.hooks["load"](config=config, placement=placement)
         if not isinstance(model, Module):
-            raise self._broke("load", f"returned {model!r:.80}; it must return the model")
+            raise self._broke("load", f"returned {_short(model)}; it must return the model")
         return model
 
     def validate(self, model: "PreTrainedModel", placement: Placement) -> None:
@@ -92,6 +92,11 @@ class Strategy:
 
     def _broke(self, hook: str, what: str) -> PluginError:
         return PluginError(f"strategy {self.name}: {hook} {what} ({self.source})")
+
+
+def _short(value: object) -> str:
+    """A value in one line, for messages."""
+    return " ".join(repr(value).split())[:80]
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ def _named(model: torch.nn.Module, stack: list[str]) -> Iterator[None]:
         def leave(_module: Any, _args: Any, _output: Any) -> None:
             stack.pop()
 
-        handles.append(module.register_forward_pre_hook(enter))
+        # first of all, because `leave` runs also when somebody else's hook raises
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield

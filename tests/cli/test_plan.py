@@ -9,7 +9,6 @@ from service.cli.plan import choices
 from service.cli.plan import table
 from service.placement.explain import Alternative
 from service.placement.explain import DevicePlan
-from service.placement.explain import summarise
 from service.placement.plan import DeviceMemory
 from tests.cli.conftest import Run
 from tests.cli.conftest import as_json
@@ -94,13 +93,6 @@ def test_choices_are_aligned() -> None:
         "  1  4-bit            36.8 GiB   1.7+1.7   --set quantize=nf4",
         "  2  a longer name   131.4 GiB       9.0   (other hardware)",
     ]
-
-
-def test_modules_are_named_in_short() -> None:
-    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in (0, 1, 2, 5)), "lm_head"]
-    expected = (("embed_tokens", 1), ("layers.0-2", 3), ("layers.5", 1), ("lm_head", 1))
-    assert summarise(names) == expected
-    assert summarise([""]) == (("the whole model", 1),)
 
 
 def test_a_model_that_fits_says_so_with_room_and_bytes(run: Run, tiny: Path) -> None:

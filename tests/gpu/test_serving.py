@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.server import GUNICORN
 from tests.support.server import running
@@ -67,6 +68,22 @@ def test_auto_shard_forced_to_offload_part_to_the_cpu(tmp_path: Path, big_llama:
     assert [device["id"] for device in document["devices"]] == ["cuda:0", "cpu"]
     assert document["certificate"]["devices"]["cpu"] > 0.1 * GIB
     if "single-gpu" in ANSWERS:
+        assert document["answer"] == ANSWERS["single-gpu"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_auto_shard_spreads_over_two_gpus(tmp_path: Path, big_llama: Path, quantize: str):
+    config(tmp_path, big_llama, strategy="auto-shard", quantize=quantize)
+    document = serve_and_ask(tmp_path)
+    first, second = document["devices"]
+    assert (first["id"], second["id"]) == ("cuda:0", "cuda:1")
+    sizes = [device["planned"]["weights"] for device in (first, second)]
+    assert min(sizes) > 0.4 * sum(sizes)
+    for device in (first, second):
+        measured = document["certificate"]["devices"][device["id"]]
+        assert within(0.03, device["planned"]["weights"], measured)
+    if quantize == "none" and "single-gpu" in ANSWERS:
         assert document["answer"] == ANSWERS["single-gpu"]
 
 

@@ -63,6 +63,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
                 env=env,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
@@ -75,13 +76,10 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         self._open.close()
-        children = self.workers() if self.process.poll() is None else []
-        if self.process.poll() is None:
-            self.process.kill()
+        # Master and workers alike, also workers that have outlived their master.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
         if kind is not None:
             sys.stderr.write(self.log())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from service.config.origin import Origin
 from service.config.schema import ModelConfig
 from service.placement import loading
 from service.placement import registry
@@ -101,7 +102,8 @@ def write_strategy(path: Path, more: str = "", text: str = STRATEGY) -> Path:
 
 
 def bring_up(strategy: Strategy, config: ModelConfig, hardware: Hardware) -> Loaded:
-    """Settle, plan and load, as a deployment does."""
-    settled = registry.settle(config, strategy, {})
+    """Settle, plan and load, as a deployment does; every key of `config` is the operator's word."""
+    origins = dict.fromkeys(config.model_fields_set, Origin("flag", "--set"))
+    settled = registry.settle(config, strategy, origins)
     placement = strategy.plan(settled, hardware)
     return loading.load(strategy, settled, placement, lambda share: None)

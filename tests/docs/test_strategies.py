@@ -1,0 +1,156 @@
+"""docs/strategies.md says what the code does, and its examples run.
+
+On a difference, paste what the failing test shows.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from service.placement import checks
+from service.placement import finding
+from service.placement import hookspecs
+from service.placement import planning
+from service.placement import registry
+from service.placement.certificate import certify
+from service.placement.registry import Strategy
+from tests.support.planned import GIB
+from tests.support.planned import bring_up
+from tests.support.planned import model_config
+from tests.support.planned import ram
+from tests.support.tiny import save_tiny
+
+PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+FIRST = BLOCKS[0]
+
+
+def found(folder: Path, text: str) -> Strategy:
+    """The strategy of this text, put into a folder of `strategy_dirs`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(text)
+    return registry.build([folder]).select("mine")
+
+
+def refused(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(text)
+    error = registry.build([folder]).broken["mine"].one_line()
+    return error.replace(str(folder), "strategies")
+
+
+# --- what is said about the contract
+
+
+def hook(name: str) -> str:
+    """The section of one hook, as the page must have it."""
+    specification = getattr(hookspecs, name)
+    signature = str(inspect.signature(specification)).replace("'", "").replace('"', "")
+    return f"### {name}\n\n```text\n{name}{signature}\n\n{inspect.getdoc(specification)}\n```\n"
+
+
+@pytest.mark.parametrize("name", finding.HOOKS)
+def test_every_hook_and_its_arguments_are_documented(name: str):
+    assert hook(name) in PAGE
+
+
+def test_every_check_of_the_certificate_is_documented():
+    rows = ["| check | what it proves |", "| --- | --- |"]
+    for name, check in checks.CHECKS:
+        said = (inspect.getdoc(check) or "").partition("\n\n")[0]
+        rows.append(f"| {name} | {' '.join(said.removeprefix(f'{name}: ').split())} |")
+    assert "\n".join(rows) in PAGE
+
+
+@pytest.mark.parametrize("helper", ["on_one_device", "spread", "mapped", "units"])
+def test_every_planning_helper_is_documented(helper: str):
+    said = " ".join((inspect.getdoc(getattr(planning, helper)) or "").partition("\n\n")[0].split())
+    assert f"| `planning.{helper}" in PAGE
+    assert said in PAGE
+
+
+def test_the_keys_that_cannot_be_defaults_are_listed():
+    listed = re.search(r"All keys of a deployment but (.*?):", PAGE, re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) == finding.DECIDED_BEFORE
+
+
+# --- the examples
+
+
+def test_the_first_example_is_short():
+    code = [line for line in FIRST.splitlines() if line.strip()]
+    assert len(code) <= 22
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_example_loads_a_model_that_is_proven(tmp_path: Path, number: int):
+    """The later ones are added to the first."""
+    text = FIRST if number == 0 else f"{FIRST}\n\n{BLOCKS[number]}"
+    strategy = found(tmp_path / "strategies", text)
+    loaded = bring_up(strategy, model_config(save_tiny(tmp_path / "m", layers=4)), ram(GIB))
+    assert certify(loaded).valid
+
+
+def test_the_example_of_options_does_what_it_says(tmp_path: Path):
+    with_options = next(block for block in BLOCKS if "class Options" in block)
+    strategy = found(tmp_path / "strategies", f"{FIRST}\n\n{with_options}")
+    config = model_config(save_tiny(tmp_path / "m", layers=4), options={"layers": 3})
+    loaded = bring_up(strategy, config, ram(GIB))
+    on_disk = [n for n, device in loaded.placement.module_map.items() if device == "disk"]
+    assert on_disk == ["model.layers.1", "model.layers.2", "model.layers.3"]
+    assert certify(loaded).valid
+
+
+def test_the_example_of_defaults_is_one(tmp_path: Path):
+    with_defaults = next(block for block in BLOCKS if "DEFAULTS = " in block)
+    assert found(tmp_path, f"{FIRST}\n\n{with_defaults}").defaults == {
+        "quantize": "nf4",
+        "keep_free": {"cuda": GIB},
+    }
+
+
+def test_the_packaging_example_names_the_real_group():
+    assert f"{hookspecs.ENTRY_POINT_GROUP} =\n" in PAGE
+
+
+# --- the messages
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FIRST.replace("@hookimpl\ndef load", "@hookimpl\ndef laod"),
+        FIRST.replace("def load(config, placement)", "def load(config, placment)"),
+        FIRST.replace("def load(config, placement)", "def load(config, placement=None)"),
+        FIRST.replace("@hookimpl\ndef load", "def load"),
+        FIRST.partition("@hookimpl\ndef place_inputs")[0],
+        "import tritonx\n" + FIRST,
+        FIRST + 'Options = {"layers": 1}\n',
+        FIRST + 'DEFAULTS = {"quantise": "nf4"}\n',
+        FIRST + 'NAME = "cpu"\n',
+    ],
+    ids=[
+        "misspelt hook",
+        "misspelt argument",
+        "default",
+        "no mark",
+        "missing hook",
+        "import",
+        "Options",
+        "DEFAULTS",
+        "two of a name",
+    ],
+)
+def test_every_message_is_documented_as_it_is_said(tmp_path: Path, text: str):
+    folder = tmp_path / "strategies"
+    if 'NAME = "cpu"' in text:
+        folder.mkdir()
+        (folder / "mine.py").write_text(text)
+        said = registry.build([folder]).broken["cpu"].one_line().replace(str(folder), "strategies")
+    else:
+        said = refused(folder, text)
+    message = said.partition("  fix: ")[0]
+    assert f"| `{message}` |" in PAGE, f"the page lacks: {said}"
