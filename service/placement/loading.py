@@ -84,7 +84,7 @@ def load(
         for _ in range(MOST_LOADS):
             with observed(progress) as keys:
                 model: PreTrainedModel | None = _call(strategy, config, placement)
-            names = guard.heal()
+            names = guard.heal() or _left_untied(model, keys)
             if not names:
                 break
             notes.append(f"another load overlapped: {listed(names)} (F4); restored; reloading")
@@ -106,6 +106,16 @@ def load(
     model.eval()
     seconds = time.monotonic() - started
     return Loaded(model, strategy, config, placement, tuple(keys), seconds, tuple(notes))
+
+
+def _left_untied(model: "PreTrainedModel | None", keys: list[KeyReport]) -> list[str]:
+    """Tied weights that the checkpoint need not have, reported missing all the same.
+
+    Another load had tying swapped out just while this one tied, and has restored it since.
+    """
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = {name for report in keys for name in report.missing}
+    return sorted(f"tying of {a}" for a, b in pairs.items() if a in missing and b not in missing)
 
 
 def _call(strategy: "Strategy", config: ModelConfig, placement: Placement) -> "PreTrainedModel":
