@@ -215,11 +215,11 @@ class Deployment:
 
     def _bring_up(self) -> Serving:
         """Flow 1 of docs/architecture.md. Raises StartupError."""
+        chain = self._chain()  # before torch is imported: a misspelt name is told at once
         from service.models.locate import locate
         from service.placement import hardware
         from service.placement import loading
 
-        chain = self._chain()
         self._enter("loading")
         model = locate(self.config, lambda stage, share: self._advance(share * LOCATED))
         self._model = model

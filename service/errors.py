@@ -94,13 +94,16 @@ class Problem:
     source: str | None = None
     column: int | None = None
 
-    def __str__(self) -> str:
+    def headline(self) -> str:
+        """Where, what and the fact, without the line of the file."""
         named = not self.key or self.message.startswith((f"{self.key} is ", f"{self.key} has "))
         key = "" if named else f" {self.key}:"
-        text = f"{self.where}:{key} {self.message}"
+        return f"{self.where}:{key} {self.message}"
+
+    def __str__(self) -> str:
         if self.source is None or self.column is None:
-            return text
-        return f"{text}\n   {self.source}\n   {' ' * (self.column - 1)}^"
+            return self.headline()
+        return f"{self.headline()}\n   {self.source}\n   {' ' * (self.column - 1)}^"
 
 
 class ConfigError(StartupError):
@@ -112,6 +115,11 @@ class ConfigError(StartupError):
     def __init__(self, problems: Sequence[Problem], *, hint: str | None = None) -> None:
         super().__init__("\n".join(str(problem) for problem in problems), hint=hint)
         self.problems = tuple(problems)
+
+    def one_line(self) -> str:
+        """Every mistake without its line of the file, for logs."""
+        text = "; ".join(problem.headline() for problem in self.problems)
+        return text if self.hint is None else f"{text}  fix: {self.hint}"
 
 
 class PlacementUnavailable(StartupError):

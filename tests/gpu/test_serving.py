@@ -78,8 +78,9 @@ def test_auto_shard_spreads_over_two_gpus(tmp_path: Path, big_llama: Path, quant
     document = serve_and_ask(tmp_path)
     first, second = document["devices"]
     assert (first["id"], second["id"]) == ("cuda:0", "cuda:1")
-    sizes = [device["planned"]["weights"] for device in (first, second)]
-    assert min(sizes) > 0.4 * sum(sizes)
+    # what is left is even, not what is used: this process has a context on the first card
+    left = [d["free_before"] - sum(d["planned"].values()) for d in (first, second)]
+    assert abs(left[0] - left[1]) < 0.2 * GIB
     for device in (first, second):
         measured = document["certificate"]["devices"][device["id"]]
         assert within(0.03, device["planned"]["weights"], measured)
