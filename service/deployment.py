@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 # it
 LOCATED = 0.1
 LOADED = 0.9
+LOG_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Deployment:
         self._serving: Serving | None = None
         self._attempts: list[Attempt] = []
         self._warnings: list[str] = list(config.notices)
+        self._logged_at = -LOG_EVERY_S
         self._lock = threading.Lock()
 
     # --- what the web room asks
@@ -337,11 +339,14 @@ class Deployment:
             log.warning("%s", error.one_line())
 
     def _advance(self, share: float) -> None:
-        """Progress only grows; every tenth is logged."""
-        if share > self.progress:
-            if int(share * 10) > int(self.progress * 10):
-                log.info("%s %s: %d %%", self.state, self.config.deployment.model, int(share * 100))
-            self.progress = share
+        """Progress only grows; every tenth is logged, but not more often than LOG_EVERY_S."""
+        if share <= self.progress:
+            return
+        now = time.monotonic()
+        if int(share * 10) > int(self.progress * 10) and now - self._logged_at >= LOG_EVERY_S:
+            log.info("%s %s: %d %%", self.state, self.config.deployment.model, int(share * 100))
+            self._logged_at = now
+        self.progress = share
 
     def _timed_out(self, strategy: "Strategy", model: ModelConfig) -> None:
         """A hook that hangs cannot be stopped, only the process that it hangs in."""

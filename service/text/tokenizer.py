@@ -41,8 +41,13 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def sampling_defaults(model: Any) -> dict[str, float]:
-    """What the model's generation_config.json says about sampling; empty if it says nothing."""
+    """What the model's generation_config.json says about sampling; empty if it says nothing.
+
+    `do_sample: false` in the file is temperature 0. A file that is silent leaves OpenAI's defaults.
+    """
     said = model.generation_config.to_diff_dict()
+    if said.get("do_sample") is False:
+        return {"temperature": 0.0}
     return {
         key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None
     }
