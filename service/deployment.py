@@ -1,5 +1,4 @@
-"""One deployment from its words to a model that answers: plan, load, prove, serve; and what it is
-doing.
+"""One deployment, from its words to a model that answers, and its state.
 
 Everything runs in the worker, after the fork, in a loader thread, so that health and placement
 answer meanwhile. `fallback` strategies are tried in order, each in a clean state and each proven.
@@ -20,10 +19,15 @@ from service.config.schema import Config
 from service.config.schema import ModelConfig
 from service.errors import LoadFailed
 from service.errors import NotReady
+from service.errors import PlacementDrifted
 from service.errors import ServiceError
 from service.errors import StartupError
 from service.placement import registry
+from service.placement.describe import NOT_WATCHED
+from service.placement.describe import Attempt
+from service.placement.describe import asked
 from service.placement.describe import devices
+from service.placement.describe import plan_warnings
 from service.text.tokenizer import load_tokenizer
 from service.text.tokenizer import sampling_defaults
 from service.text.tokenizer import stop_ids
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from service.placement.loading import Loaded
     from service.placement.plan import Placement
     from service.placement.registry import Strategy
+    from service.placement.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ log = logging.getLogger(__name__)
 LOCATED = 0.1
 LOADED = 0.9
 LOG_EVERY_S = 2.0
+# a model that changes again and again is changed by something that a reload does not cure
+MOST_RELOADS = 3
 
 
 @dataclass(frozen=True)
@@ -66,22 +73,6 @@ class Serving:
     defaults: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A strategy that was tried and refused."""
-
-    strategy: str
-    error: ServiceError
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "strategy": self.strategy,
-            "seconds": round(self.seconds, 2),
-            "error": self.error.as_dict(),
-        }
-
-
 class _Ended(Exception):
     """The start failed or was stopped while the loader thread was busy: nothing is left to do."""
 
@@ -90,8 +81,8 @@ class Deployment:
     """The deployment of this process. Methods may be called from any thread.
 
     Whoever runs the process sets the three callbacks before `start`: on_ready gets the model's id,
-    on_failure the error that ended the start, on_death is called when the engine died while
-    serving.
+    on_failure the error that ended the start, on_death is called when the engine died, or its
+    model changed, while serving.
     """
 
     def __init__(self, config: Config) -> None:
@@ -108,6 +99,10 @@ class Deployment:
         self._placement: Placement | None = None
         self._certificate: Certificate | None = None
         self._serving: Serving | None = None
+        self._watch: Watch | None = None
+        # what to give back before a reload: whose model, the model, bytes allocated before it
+        self._tried: tuple[Strategy, list[weakref.ref[Any]], dict[str, int]] | None = None
+        self._drifts: list[str] = []  # one sentence for each reload
         self._attempts: list[Attempt] = []
         self._warnings: list[str] = list(config.notices)
         self._logged_at = -LOG_EVERY_S
@@ -120,55 +115,51 @@ class Deployment:
         threading.Thread(target=self._run, name="load", daemon=True).start()
 
     def serving(self) -> Serving:
-        """The model that answers. Raises NotReady, with state and progress in its message."""
+        """The model that answers. Raises NotReady, with state and progress in its message, or
+        PlacementDrifted, with what changed.
+        """
         serving = self._serving
+        drift = self._watch.error() if self._watch and self.state == "degraded" else None
+        if drift is not None:
+            raise drift
         if serving is None or self.state != "ready" or not serving.engine.alive:
             doing = f"{self.state} {self.progress:.0%}" if self.state == "loading" else self.state
             raise NotReady(f"The model is not ready: {doing}. Try again later.")
         return serving
 
+    def probed(self) -> Serving:
+        """`serving`, for a readiness probe: looks first whether the model has changed."""
+        if self._watch is not None and self.state == "ready":
+            self._watch.probe()
+        return self.serving()
+
     def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs finish within `seconds`, then end the rest."""
         with self._lock:
             self.state = "draining"
-        if self._serving is not None:
-            self._serving.engine.drain(seconds)
-            self._serving.engine.close()
+            serving = self._serving
+        if serving is not None:
+            serving.engine.drain(seconds)
+            serving.engine.close()
 
     def document(self) -> dict[str, Any]:
         """The body of GET /placement."""
         placement, strategy = self._placement, self._strategy
-        origins = self.config.origins
-        keys = type(self.config.deployment).model_fields
+        serving, watch = self._serving, self._watch
         document: dict[str, Any] = {
             "object": "placement",
             "schema": 1,
             "state": self.state,
             "progress": round(self.progress, 3),
-            "deployment": self.config.name,
-            "model": {
-                "id": self._model.model_id if self._model else self.config.deployment.model,
-                "parameters": placement.parameters if placement else None,
-                "dtype": placement.dtype if placement else None,
-                "quantize": (self._model or self.config.deployment).quantize,
-                "max_context": placement.context if placement else None,
-            },
-            "strategy": {
-                "name": strategy.name if strategy else self.config.deployment.strategy,
-                "source": strategy.source if strategy else None,
-            },
-            "origin": {
-                key: str(origin)
-                for key, origin in origins.items()
-                if key in keys and origin.layer != "built-in"
-            },
+            **asked(self.config, self._model, strategy, placement),
             "kv": {
                 "bytes_per_token": placement.kv_bytes_per_token if placement else None,
                 "planned_tokens": placement.kv_tokens if placement else None,
-                "used_tokens": self._serving.engine.stats().kv_tokens if self._serving else 0,
+                "used_tokens": serving.engine.stats().kv_tokens if serving else 0,
             },
             "devices": devices(placement, self._hardware, self._certificate),
             "certificate": self._certificate.as_dict() if self._certificate else None,
+            "watch": watch.as_dict() if watch else NOT_WATCHED,
             "attempts": [attempt.as_dict() for attempt in self._attempts],
             "warnings": list(self._warnings),
         }
@@ -196,6 +187,8 @@ class Deployment:
                 self._serving = serving
                 self.progress = 1.0
                 self.state = "ready"
+                if self._watch is not None:
+                    self._watch.patrol(serving.engine.inspect)
             self.on_ready(serving.model_id)
 
     def _enter(self, state: str) -> None:
@@ -213,7 +206,11 @@ class Deployment:
                 return
             self.state = "failed"
             self.error = error
-        self.on_failure(error)
+        if self._drifts:  # it was proven once: a fresh process may do better
+            log.error("%s", error.one_line())
+            self.on_death()
+        else:
+            self.on_failure(error)
 
     def _bring_up(self) -> Serving:
         """Flow 1 of docs/architecture.md. Raises StartupError."""
@@ -230,6 +227,7 @@ class Deployment:
             started = time.monotonic()
             before = loading.allocated_bytes()
             held: list[weakref.ref[Any]] = []
+            self._tried = (strategy, held, before)
             try:
                 return self._attempt(strategy, model, machine, held, first=position == 0)
             except StartupError as error:
@@ -295,7 +293,9 @@ class Deployment:
             if failure is not None:
                 self._release(strategy, loaded.model)
                 raise failure
-            self._warnings = [*self.config.notices, *placement.notes, *loaded.notes]
+            off = plan_warnings(placement, certificate.plan_errors)
+            notes = [*self.config.notices, *placement.notes, *loaded.notes]
+            self._warnings = [*notes, *off, *self._drifts]
             return self._serve(loaded)
         finally:
             watchdog.cancel()
@@ -304,6 +304,7 @@ class Deployment:
         """Start the engine, which generates one token through the real path."""
         from service.engine.engine import Engine
         from service.engine.runner import Runner
+        from service.placement.watch import Watch
 
         config, model = loaded.config, loaded.model
         tokenizer = load_tokenizer(config)
@@ -317,6 +318,9 @@ class Deployment:
         )
         try:
             engine.start()
+            if config.watch_interval_s > 0:
+                self._watch = Watch(model, config.watch_interval_s)
+                engine.look_with(self._look)
         except BaseException:
             engine.close()
             self._release(loaded.strategy, model)
@@ -358,7 +362,59 @@ class Deployment:
             )
         )
 
+    def _look(self, thorough: bool) -> PlacementDrifted | None:
+        """Look whether the model has changed, between two steps. Engine thread."""
+        watch = self._watch
+        drift = watch.look(thorough) if watch is not None else None
+        if watch is not None and drift is not None:
+            with self._lock:  # before the streams end, so that no new one begins
+                if self.state == "ready":
+                    self.state, self.error = "degraded", watch.error()
+        return drift
+
+    def _drifted(self, error: PlacementDrifted) -> None:
+        """Do as `on_drift` says; every stream has been told. Engine thread."""
+        log.error("%s", error.one_line())
+        policy = (self._model or self.config.deployment).on_drift
+        if self._watch is not None:
+            self._watch.close()
+        if self.state == "draining":
+            return
+        if policy == "stop" or self._tried is None or len(self._drifts) >= MOST_RELOADS:
+            self.on_death()
+            return
+        self._drifts.append(f"loaded again: {error.message}")
+        strategy, held, before = self._tried
+        model = held[0]()
+        if model is not None:  # the runner lets go of it only when this thread ends
+            self._release(strategy, model)
+        reload = threading.Thread(target=self._reload, args=(held[0], before), name="load")
+        reload.daemon = True
+        reload.start()
+
+    def _reload(self, model: "weakref.ref[Any]", before: dict[str, int]) -> None:
+        """Bring the same deployment up again when its model is gone and its memory free."""
+        from service.placement import loading
+
+        with self._lock:
+            serving, self._serving = self._serving, None
+            self._attempts, self.progress = [], 0.0
+        if serving is not None:
+            serving.engine.close()
+        try:
+            loading.reclaim(model, before)
+        except ServiceError as error:
+            self._fail(error)
+            return
+        with self._lock:
+            if self.state != "draining":
+                self.error = None
+        self._run()
+
     def _died(self, error: BaseException) -> None:
+        if isinstance(error, PlacementDrifted):
+            self._drifted(error)
+            return
         self.state = "failed"
         self.error = LoadFailed(f"the engine stopped: {type(error).__name__}")
         self.on_death()

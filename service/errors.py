@@ -123,9 +123,7 @@ class ConfigError(StartupError):
 
 
 class PlacementUnavailable(StartupError):
-    """The strategy cannot work on this machine at all: a device or a package it needs is
-    missing.
-    """
+    """A device or a package that the strategy needs is missing."""
 
     code = "placement_unavailable"
     exit_status = 4
@@ -235,9 +233,7 @@ class Overloaded(RequestError):
 
 
 class NonFiniteLogits(RequestError):
-    """The model produced NaN or infinite logits for this sequence; nothing was sampled from
-    them.
-    """
+    """The logits of this sequence were NaN or infinite; nothing was sampled from them."""
 
     code = "non_finite_logits"
 
@@ -253,6 +249,14 @@ class NotReady(RequestError):
 
     status = 503
     code = "not_ready"
+    retry_after_s = 5
+
+
+class PlacementDrifted(RequestError):
+    """The model is no longer what was proven: a tensor moved or cast, a hook lost, a NaN."""
+
+    status = 503
+    code = "placement_drifted"
     retry_after_s = 5
 
 

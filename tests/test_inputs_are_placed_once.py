@@ -130,8 +130,8 @@ def test_nothing_but_one_module_moves_tensors_to_a_device(path: Path) -> None:
         assert not found, f"{name(path)} moves tensors itself; call to_input_device or place"
 
 
-def test_results_come_home_in_two_places_only() -> None:
-    """`.cpu()` is for logits, and for comparing what `place_inputs` returned."""
+def test_results_come_home_in_few_places_only() -> None:
+    """`.cpu()` is for logits, and for comparing: what `place_inputs` returned, and weights."""
     found = {
         (name(path), inside)
         for path in FILES
@@ -141,6 +141,7 @@ def test_results_come_home_in_two_places_only() -> None:
     assert found == {
         ("service/engine/runner.py", "Runner.step"),
         ("service/placement/checks.py", "inputs_are_placed"),
+        ("service/placement/checks_values.py", "_at_home"),
     }
 
 

@@ -1,6 +1,4 @@
-"""The rooms of the house: a room imports only from rooms above it, and heavy packages only where
-they compute.
-"""
+"""A room imports only from rooms above it, heavy packages only where they compute."""
 
 import ast
 from pathlib import Path
@@ -15,6 +13,7 @@ ROOMS = [
     "models",
     "placement",
     "engine",
+    "testing",
     "text",
     "deployment",
     "web",

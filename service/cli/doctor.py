@@ -3,14 +3,19 @@
 import errno
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Annotated
+from typing import Any
 from typing import Literal
 
 import typer
@@ -43,11 +48,19 @@ def doctor(
     config: options.Config = None,
     deployment: options.Deployment = None,
     settings: options.Set = None,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Also reproduce failure classes with the installed libraries (some seconds).",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Check versions, devices, config, strategies, model, cache, port. Exit status 5 on errors."""
     findings = []
-    for finding in examine(options.flags(config, deployment, settings)):
+    asked = examine(options.flags(config, deployment, settings))
+    for finding in chain(asked, reproductions() if self_test else ()):
         findings.append(finding)
         if not as_json:
             typer.echo(line(finding))
@@ -98,6 +111,51 @@ def examine(flags: Flags) -> Iterator[Finding]:
     yield from model(config)
     yield from cache(config.cache)
     yield from port(config.server.bind)
+
+
+# the process may start anywhere: it must find this very package
+SELF_TEST = """
+import sys
+sys.path.insert(0, ROOT)
+from service.testing.self_test import main
+main()
+"""
+SELF_TEST_TIMEOUT_S = 300
+
+
+def reproductions() -> Iterator[Finding]:
+    """Which failure classes the installed libraries still have, and whether ours catches them.
+
+    In a process of its own: one of them breaks transformers for the rest of its process.
+    """
+    code = SELF_TEST.replace("ROOT", repr(str(Path(__file__).resolve().parents[2])))
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SELF_TEST_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        yield Finding("error", f"the self-test was not done within {SELF_TEST_TIMEOUT_S} s")
+        return
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        yield Finding("error", f"the self-test broke off: {said}", "report this with the versions")
+        return
+    for line in done.stdout.splitlines():
+        yield _reproduced(json.loads(line))
+
+
+def _reproduced(outcome: dict[str, Any]) -> Finding:
+    head = f"{outcome['failure_class']} {outcome['what']}"
+    if outcome["there"] is None:
+        return Finding("ok", f"{head}: not tried, a package is missing")
+    there = "still so" if outcome["there"] else "no longer so"
+    if outcome["caught"] is None:
+        return Finding("ok", f"{head}: {there} with these versions")
+    if outcome["caught"]:
+        return Finding("ok", f"{head}: {there} with these versions; caught")
+    fix = "do not serve with these versions; report them"
+    return Finding("error", f"{head}: {there} with these versions, and NOT caught", fix)
 
 
 def _failed(error: ServiceError) -> Finding:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.cli import certify
 from service.cli import config
 from service.cli import doctor
 from service.cli import model
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(plan.plan)
+app.command()(certify.certify)
 app.command()(doctor.doctor)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(config.app, name="config")

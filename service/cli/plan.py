@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.placement.explain import DevicePlan
     from service.placement.explain import PlanReport
     from service.placement.hardware import Hardware
+    from service.placement.why import Reason
 
 GIB = 2**30
 LONGEST_BAR = 34
@@ -40,6 +41,14 @@ def plan(
             help="Plan for a machine that is not here.",
         ),
     ] = None,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="MODULE",
+            help="Why this module is where it is, and what would move it.",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Say where the model would go, reading no weights. Exit status 4 if it does not fit."""
@@ -56,16 +65,23 @@ def plan(
     )
     loaded = reading.load_process(flags)
     report.print_notices(loaded.notices)
-    made = _explain(loaded, invented)
+    try:
+        made, reason = _explain(loaded, invented, module)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--explain") from None
     if as_json:
-        report.print_json(document(made))
+        report.print_json(document(made) | _reason_document(reason))
     else:
         _print(made, loaded)
+        _print_reason(reason)
     if made.error is not None:
         raise typer.Exit(made.error.exit_status)
 
 
-def _explain(loaded: Config, invented: "Hardware | None") -> "PlanReport":
+def _explain(
+    loaded: Config, invented: "Hardware | None", module: str | None
+) -> "tuple[PlanReport, Reason | None]":
+    """The plan, and the reason for one module's place in it if it fits. Raises ValueError."""
     from service.models.locate import locate_for_plan
     from service.placement import registry
 
@@ -79,7 +95,38 @@ def _explain(loaded: Config, invented: "Hardware | None") -> "PlanReport":
     from service.placement.explain import explain
 
     machine = invented or machines.detect(settled.offload_folder or loaded.cache)
-    return explain(settled, chosen, machine, found)
+    made = explain(settled, chosen, machine, found)
+    if module is None or made.placement is None:
+        return made, None
+    from service.placement.why import explain_module
+
+    return made, explain_module(module, settled, chosen, machine, made.placement)
+
+
+def _reason_document(reason: "Reason | None") -> dict[str, Any]:
+    if reason is None:
+        return {}
+    moves = [{"try": flag, "device": device} for flag, device in reason.moves]
+    return {
+        "explain": {
+            "module": reason.unit.name,
+            "device": reason.device,
+            "weights": reason.unit.weights,
+            "kv": reason.unit.kv,
+            "because": list(reason.sentences),
+            "moves": moves,
+        }
+    }
+
+
+def _print_reason(reason: "Reason | None") -> None:
+    if reason is None:
+        return
+    typer.echo(f"why   {'; '.join(reason.sentences)}.")
+    for flag, device in reason.moves:
+        typer.echo(f"      with {flag} it would be on {device}")
+    if not reason.moves:
+        typer.echo("      no single setting that was tried would move it")
 
 
 def document(made: "PlanReport") -> dict[str, Any]:

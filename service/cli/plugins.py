@@ -1,6 +1,10 @@
 """`moorage plugins`: which strategies there are, and what each can be told."""
 
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
@@ -10,13 +14,16 @@ import typer
 from service.cli import options
 from service.cli import report
 from service.config import reading
+from service.config.schema import DeploymentConfig
 from service.config.suggesting import did_you_mean
+from service.errors import PluginError
 
 if TYPE_CHECKING:
+    from service.config.schema import Config
     from service.placement.registry import Registry
     from service.placement.registry import Strategy
 
-app = typer.Typer(no_args_is_help=True, help="The placement strategies: list, show NAME.")
+app = typer.Typer(no_args_is_help=True, help="The placement strategies: list, show, check.")
 
 
 @app.command("list")
@@ -72,6 +79,62 @@ def show(
     if strategy.defaults:
         typer.echo("\ndefaults of its own, below what the config says")
         report.print_table(("KEY", "VALUE"), sorted(strategy.defaults.items()))
+
+
+@app.command()
+@report.guard
+def check(
+    name_or_file: Annotated[str, typer.Argument(help="The strategy's name, or its file.")],
+    config: options.Config = None,
+    deployment: options.Deployment = None,
+    settings: options.Set = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Hold a strategy to its contract, with a tiny model on this machine. Status 7 if it fails."""
+    loaded = reading.load_process(options.flags(config, deployment, settings))
+    report.print_notices(loaded.notices)
+    words = _said(loaded)
+
+    from service.testing import case
+    from service.testing import examining
+
+    with tempfile.TemporaryDirectory(prefix="moorage-check-") as folder:
+        dirs = loaded.deployment.strategy_dirs
+        try:
+            results = examining.examine(
+                name_or_file, Path(folder), strategy_dirs=dirs, settings=words
+            )
+        except case.UnknownStrategy as error:
+            raise typer.BadParameter(str(error)) from None
+    count = Counter(result.status for result in results)
+    if as_json:
+        report.print_json(
+            {
+                "object": "contract",
+                "strategy": name_or_file,
+                "passed": not count["fail"],
+                "checks": [asdict(result) for result in results],
+            }
+        )
+    else:
+        rows = [(result.check, result.status, result.message) for result in results]
+        report.print_table(("CHECK", "RESULT", "MESSAGE"), rows)
+        typer.echo(f"{count['pass']} passed, {count['fail']} failed, {count['skip']} not run")
+    if count["fail"]:
+        raise typer.Exit(PluginError.exit_status)
+
+
+def _said(loaded: "Config") -> dict[str, Any]:
+    """The keys of the deployment that flags set: a strategy is checked with no other words."""
+    said = {key for key, origin in loaded.origins.items() if origin.layer == "flag"}
+    keys = {key.partition(".")[0] for key in said} & set(DeploymentConfig.model_fields)
+    for key in sorted(keys & {"model", "strategy", "strategy_dirs", "fallback"}):
+        raise typer.BadParameter(f"{key} cannot be set: one strategy is checked, with a tiny model")
+    words = {key: getattr(loaded.deployment, key) for key in keys}
+    if "options" in words:
+        given = loaded.deployment.options.items()
+        words["options"] = {key: value for key, value in given if f"options.{key}" in said}
+    return words
 
 
 def _registry(config: Any, deployment: str | None) -> "Registry":

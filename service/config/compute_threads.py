@@ -15,9 +15,7 @@ def compute_environment(cores: int) -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Physical cores this process may use: what affinity and the container's quota leave of
-    them.
-    """
+    """Physical cores this process may use, by its affinity and its container's quota."""
     import psutil
 
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -10,8 +10,6 @@ def process_environment() -> Mapping[str, str]:
 
 
 def set_missing(variables: Mapping[str, str]) -> None:
-    """Set these in this process unless the operator set them already. Nothing else writes
-    os.environ.
-    """
+    """Set what the operator has not set. Nothing else writes os.environ."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)

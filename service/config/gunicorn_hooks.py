@@ -233,9 +233,7 @@ def _impatient(server: Any) -> Callable[[int, Any], None]:
 
 
 def _allow_open_files(wanted: int) -> None:
-    """Raise the soft limit: running out of files in accept() would end the worker, and the
-    model.
-    """
+    """Raise the soft limit: without files to open, accept() would end the worker."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return

@@ -101,8 +101,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     # --- what the deployment tells us; called from its threads -----------------------------------
 
     def fail(self, error: ServiceError) -> None:
-        """The deployment cannot be served: log one line and end the process, and the master with
-        it.
+        """The deployment cannot be served: log one line, end worker and master.
 
         Any thread. Does not return, unless the server is stopping anyway. The status is gunicorn's
         own for a failed boot, on which the master halts; it then exits with the error's

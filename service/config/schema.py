@@ -82,6 +82,7 @@ DeviceOrKind = Annotated[
 Quantize = Literal["none", "nf4", "fp4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 OnNoFit = Literal["refuse", "offload-cpu", "offload-disk"]
+OnDrift = Literal["stop", "reload"]
 
 
 class _Frozen(BaseModel):
@@ -177,6 +178,18 @@ class DeploymentConfig(_Frozen):
         description="Most bytes to use per device, for example {cuda:0: 20GiB, cpu: 8GiB}.",
     )
     load_timeout_s: float = Field(1800.0, gt=0, description="A load that takes longer is ended.")
+    watch_interval_s: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        description="Seconds between two looks whether the model is still what was proven; "
+        "0 never looks.",
+    )
+    on_drift: OnDrift = Field(
+        "stop",
+        description="What to do when it is not: end the process, so that a fresh one loads it, "
+        "or load it again in this one.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code found in the model's folder. Off unless you trust it."
     )

@@ -21,6 +21,8 @@ from service.engine.sequence import Stream
 from service.errors import ContextTooLong
 from service.errors import EngineStopped
 from service.errors import InvalidRequest
+from service.errors import NonFiniteLogits
+from service.errors import PlacementDrifted
 from service.errors import RequestError
 from service.errors import ServiceError
 from service.errors import StepFailed
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from service.engine.sampling import Sampler
 
 log = logging.getLogger(__name__)
+
+# Whether the model is still what was proven. Gets whether to look thoroughly; returns what to tell
+# everybody if it is not.
+Look = Callable[[bool], PlacementDrifted | None]
 
 # After so many unexpected failures in a row the model itself is tried; if that fails, so has the
 # engine, and the process can be replaced instead of failing every request for ever.
@@ -69,8 +75,8 @@ class Engine:
 
         max_sequences: run at once. max_queue: may wait beyond those. chunk_tokens: of a prompt, in
         one step; a cancel or a deadline is seen between chunks. on_death: called once, on the
-        engine thread, if that thread dies of an error after the start; by then every stream has
-        ended. clock: seconds, the clock of the deadlines.
+        engine thread, if that thread dies of an error or ends because the model changed, after the
+        start; by then every stream has ended. clock: seconds, the clock of the deadlines.
         """
         self._runner = runner
         self._scheduler = Scheduler(
@@ -80,6 +86,7 @@ class Engine:
         self._clock = clock
         self._ids = itertools.count()
         self._failures_in_a_row = 0  # engine thread only
+        self._look: Look = lambda thorough: None
         # Guards everything below and the scheduler. Never held while the model runs.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -91,6 +98,8 @@ class Engine:
         self._tokens = 0
         self._failed = 0
         self._step_s = 0.0
+        self._look_wanted = False
+        self._looks = 0
 
     @property
     def alive(self) -> bool:
@@ -133,6 +142,28 @@ class Engine:
             self._scheduler.add(sequence, step_s=self._step_s)
             self._changed.notify_all()
         return stream
+
+    def look_with(self, look: Look) -> None:
+        """Have `look` called on the engine thread, between steps, where nothing moves.
+
+        Whenever `inspect` asks for it, and, thoroughly, after a step that raised unexpectedly or
+        gave no numbers. What it returns ends the engine: every stream ends with it, then `on_death`
+        gets it. What it raises is logged. Call it after `start` and before the first prompt.
+        """
+        self._look = look
+
+    def inspect(self, timeout_s: float) -> bool:
+        """Ask for a look before the next step; at once if nothing runs.
+
+        Returns whether one was taken within `timeout_s`; with 0 it does not wait.
+        """
+        with self._changed:
+            before = self._looks
+            self._look_wanted = True
+            self._changed.notify_all()
+            if timeout_s > 0:
+                self._changed.wait_for(lambda: self._looks > before or not self.alive, timeout_s)
+            return self._looks > before
 
     def stats(self) -> EngineStats:
         """Counts, all taken at the same moment."""
@@ -224,16 +255,39 @@ class Engine:
                 pass
         except BaseException as error:  # whatever ends this thread: no client may wait for ever
             self._die(error)
+        finally:
+            self._runner.release()
 
     def _turn(self) -> bool:
         """Wait for work and do one step of it. Returns False when the engine is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._scheduler.has_work)
+            self._changed.wait_for(
+                lambda: self._closing or self._look_wanted or self._scheduler.has_work
+            )
+            look = self._look_wanted and not self._closing
+        if look:
+            self._inspect(thorough=False)
+        with self._changed:
             work = None if self._closing else self._scheduler.next_work(self._clock())
         self._release_ended()
         if work is not None:
             self._step(work)
         return not self._closing
+
+    def _inspect(self, *, thorough: bool) -> None:
+        """Take the look. Raises what it returns, which ends this thread."""
+        drift: PlacementDrifted | None = None
+        with self._changed:
+            self._look_wanted = False  # before the look: who asks during it wants another
+        try:
+            drift = self._look(thorough)
+        except Exception:  # reading a lost device raises anything; the trial of the model decides
+            log.exception("the model could not be looked at")
+        with self._changed:
+            self._looks += 1
+            self._changed.notify_all()
+        if drift is not None:
+            raise drift
 
     def _step(self, work: Work) -> None:
         """Run one step, deliver its token, and end the sequence if this was its last."""
@@ -251,6 +305,8 @@ class Engine:
             log.exception("a step of sequence %d failed", work.sequence.id)
             error = StepFailed("The model failed on this request. The server's log says why.")
             self._failures_in_a_row += 1
+        if isinstance(error, (StepFailed, NonFiniteLogits)):
+            self._inspect(thorough=True)
         self._record(work, token, error, took_s=self._clock() - began)
         if self._failures_in_a_row >= FAILURES_BEFORE_TRIAL:
             self._runner.warm_up()  # raises if the model is broken, which ends this thread
@@ -291,12 +347,16 @@ class Engine:
         with self._changed:
             served = self._ready
             self._death = error
-            self._refusal = "The engine has stopped after an error."
-            self._end_all(EngineStopped("The engine has stopped after an error."))
+            told: ServiceError = EngineStopped("The engine has stopped after an error.")
+            if isinstance(error, PlacementDrifted):
+                told = error
+            self._refusal = told.message
+            self._end_all(told)
             self._changed.notify_all()
         if not served:
             return  # `start` raises it
-        log.critical("the engine thread died", exc_info=error)
+        if told is not error:
+            log.critical("the engine thread died", exc_info=error)
         if self._on_death is not None:
             self._on_death(error)
 

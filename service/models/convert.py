@@ -14,8 +14,7 @@ from service.models.catalogue import Entry
 
 
 def to_safetensors(source: Path, entry: Entry, target: Path) -> None:
-    """Convert `source / entry.gguf` into the existing folder `target`: weights, tokenizer,
-    generation config.
+    """Convert `source / entry.gguf` into the folder `target`, with its tokenizer.
 
     Nothing is written to the terminal. Raises whatever transformers raises for a file it cannot
     read.
@@ -81,9 +80,7 @@ def _without_load_arguments(path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no warnings. The bar of the GGUF reader knows no switch, so stderr is held back
-    as well.
-    """
+    """No warnings and no bars, also of the GGUF reader, which has no switch for it."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

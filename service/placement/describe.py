@@ -1,16 +1,72 @@
-"""A placement in JSON: devices with planned and measured bytes, for /placement and `moorage
-plan`.
-"""
+"""A placement in JSON: what was asked for and tried, its hash, its devices and their bytes."""
 
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
 
+from service.config.schema import Config
+from service.config.schema import ModelConfig
+from service.errors import ServiceError
 from service.placement.hardware import Hardware
 from service.placement.plan import Placement
 from service.placement.plan import groups
 
 if TYPE_CHECKING:
     from service.placement.certificate import Certificate
+    from service.placement.registry import Strategy
+
+# the `watch` object of GET /placement before there is a watch, or without one
+NOT_WATCHED: dict[str, Any] = {"enabled": False, "checked_at": None, "checks": 0, "findings": []}
+# a plan that is further off than this share of a device's weights is worth a warning
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A strategy that was tried and refused."""
+
+    strategy: str
+    error: ServiceError
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "strategy": self.strategy,
+            "seconds": round(self.seconds, 2),
+            "error": self.error.as_dict(),
+        }
+
+
+def asked(
+    config: Config,
+    model: ModelConfig | None,
+    strategy: "Strategy | None",
+    placement: Placement | None,
+) -> dict[str, Any]:
+    """What runs and who said so; the rest is null until it is known."""
+    keys = type(config.deployment).model_fields
+    return {
+        "deployment": config.name,
+        "model": {
+            "id": model.model_id if model else config.deployment.model,
+            "parameters": placement.parameters if placement else None,
+            "dtype": placement.dtype if placement else None,
+            "quantize": (model or config.deployment).quantize,
+            "max_context": placement.context if placement else None,
+        },
+        "strategy": {
+            "name": strategy.name if strategy else config.deployment.strategy,
+            "source": strategy.source if strategy else None,
+        },
+        "origin": {
+            key: str(origin)
+            for key, origin in config.origins.items()
+            if key in keys and origin.layer != "built-in"
+        },
+    }
 
 
 def devices(
@@ -34,6 +90,7 @@ def devices(
                 "overhead": planned.overhead,
             }
         entry["measured"] = measured.get(device)
+        entry["plan_error_bytes"] = certificate.plan_errors.get(device) if certificate else None
         entry["modules"] = [
             {"name": group.name, "count": group.count, "bytes": group.bytes}
             for group in modules.get(device, [])
@@ -58,9 +115,7 @@ def _facts(hardware: "Hardware", device: str) -> dict[str, Any]:
 
 
 def _measured(certificate: "Certificate | None") -> dict[str, dict[str, int]]:
-    """Bytes now: on an accelerator as torch's allocator says, elsewhere the tensors that rest
-    there.
-    """
+    """Bytes now: by torch's allocator on accelerators, elsewhere of the tensors."""
     if certificate is None:
         return {}
     import torch
@@ -73,3 +128,62 @@ def _measured(certificate: "Certificate | None") -> dict[str, dict[str, int]]:
                 "reserved": torch.cuda.memory_reserved(index),
             }
     return measured
+
+
+def plan_hash(placement: Placement) -> str:
+    """SHA-256 of what decides where and how the model goes; the same in every process.
+
+    Of devices, module map, planned bytes and load arguments; not of the notes.
+    """
+    facts = {
+        "devices": list(placement.devices),
+        "main_device": placement.main_device,
+        "module_map": dict(placement.module_map),
+        "memory": {
+            device: [memory.weights, memory.kv, memory.overhead]
+            for device, memory in placement.memory.items()
+        },
+        "load_kwargs": dict(placement.load_kwargs),
+        "allows": sorted(placement.allows),
+        "quantized": placement.quantized,
+        "dtype": placement.dtype,
+        "context": placement.context,
+        "kv_tokens": placement.kv_tokens,
+    }
+    text = json.dumps(_plain(facts), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Load arguments as JSON, without anything that differs from process to process."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(_plain(item)) for item in value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if hasattr(value, "to_dict"):  # a quantisation config
+        return _plain(value.to_dict())
+    text = str(value)  # a dtype, a path; an address in memory would say nothing
+    return type(value).__qualname__ if " at 0x" in text else text
+
+
+def plan_errors(placement: Placement, measured: Mapping[str, int]) -> dict[str, int]:
+    """Device -> bytes of tensors measured there less the weights planned for it."""
+    return {
+        device: measured.get(device, 0) - planned.weights
+        for device, planned in placement.memory.items()
+        if planned.weights or measured.get(device)
+    }
+
+
+def plan_warnings(placement: Placement, errors: Mapping[str, int]) -> list[str]:
+    """A sentence for every device whose weights are off by more than TOLERANCE of the plan."""
+    return [
+        f"{device} holds {abs(error):,} bytes of weights {'more' if error > 0 else 'less'} than "
+        f"planned ({placement.memory[device].weights:,})"
+        for device, error in errors.items()
+        if abs(error) > TOLERANCE * placement.memory[device].weights
+    ]

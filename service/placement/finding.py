@@ -51,16 +51,15 @@ DECIDED_BEFORE = frozenset(
 
 @dataclass(frozen=True)
 class Found:
-    """A strategy before import: its name (None: the module's NAME or the file's), where, and how
-    to get it.
-    """
+    """A strategy before import: the name it would have, where it is, how to get it."""
 
     name: str
     source: str
     fetch: Callable[[], object]
 
 
-def find(strategy_dirs: Sequence[Path]) -> Iterator[Found]:
+def find(strategy_dirs: Sequence[Path], files: Sequence[Path] = ()) -> Iterator[Found]:
+    """Every strategy there is: built in, installed, in folders, in single files."""
     import plugins
 
     if plugins.__file__ is None or Path(plugins.__file__).resolve().parents[1] != _home():
@@ -80,6 +79,8 @@ def find(strategy_dirs: Sequence[Path]) -> Iterator[Found]:
             raise PluginError(f"strategy_dirs: {folder} is not a folder")
         for path in _strategy_files(folder):
             yield Found(_stem(path), str(path), partial(_import_file, path))
+    for path in files:
+        yield Found(_stem(path), str(path), partial(_import_file, path))
 
 
 def _home() -> Path:

@@ -17,8 +17,7 @@ class Fit:
 
 
 def balance(units: Sequence[Unit], budgets: Mapping[str, int]) -> Mapping[str, str] | None:
-    """Cut the units, in order, into one run per device so that the least room left is as large as
-    can be.
+    """One run of units per device, so that the least room left is the largest possible.
 
     A unit needs its weights and its KV on the same device. budgets: device -> bytes.
     Returns None when they do not fit. Bisection over the room left; filling greedily in order
@@ -41,9 +40,7 @@ def balance(units: Sequence[Unit], budgets: Mapping[str, int]) -> Mapping[str, s
 def _fill(
     units: Sequence[Unit], budgets: Mapping[str, int], spare: int
 ) -> Mapping[str, str] | None:
-    """Fill device after device, leaving `spare` bytes on each that is used; None if some unit is
-    left over.
-    """
+    """Fill the devices in order, each with `spare` bytes left; None if they do not do."""
     places: dict[str, str] = {}
     devices = iter(budgets.items())
     device, room = next(devices, ("", -1))

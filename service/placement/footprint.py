@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from service.config.schema import ModelConfig
 from service.errors import ModelUnavailable
+from service.models import folder
 from service.placement import guard
 from service.placement.plan import Unit
 from service.placement.tensors import nbytes
@@ -29,6 +31,7 @@ PREFILL_CHUNK = 512
 # per tensor
 BLOCK = 64
 NESTED_BLOCK = 256
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TABLES = 16 * 4 + 256 * 4 + 4
 
 
@@ -140,11 +143,21 @@ def resolve_dtype(
     """
     if config.dtype != "auto":
         return _dtype(config.dtype)
-    stored = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+    stored = getattr(hf_config.get_text_config(), "dtype", None) or _dtype_of_files(config)
     dtype = _dtype(stored) if isinstance(stored, str) else stored
     if on_cpu and dtype in (torch.float16, torch.bfloat16):
         return torch.bfloat16 if native_bfloat16 else torch.float32
     return dtype
+
+
+def _dtype_of_files(config: ModelConfig) -> torch.dtype:
+    """The number format of most values in the safetensors headers; float32 if there are none."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in folder.headers(config.folder).values():
+        dtype = SAFETENSORS_DTYPES.get(tensor.dtype)
+        if dtype is not None:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -155,9 +168,17 @@ def _dtype(name: str) -> torch.dtype:
 def skeleton(config: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     """The model on the meta device, every tensor in its dtype and none with values."""
     with guard.LOAD_LOCK, torch.device("meta"):  # building one sets the process's default dtype
-        return transformers.AutoModelForCausalLM.from_config(
+        model = transformers.AutoModelForCausalLM.from_config(
             hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
+    kept = model._get_dtype_plan(dtype)  # tensors that transformers loads in float32 all the same
+    if kept:
+        pattern, plan, _ = build_glob_alternation(list(kept))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            match = pattern.search(name)
+            if match is not None and match.lastgroup is not None:
+                tensor.data = tensor.data.to(dtype=kept[plan[match.lastgroup]])
+    return model
 
 
 def _converted(config: ModelConfig, model: Any) -> Mapping[str, nn.Module]:
@@ -190,9 +211,7 @@ def quantized_bytes(elements: int, rows: int, quantize: str) -> int:
 def _units(
     model: Any, config: ModelConfig, converted: Mapping[str, nn.Module], kv: list[int]
 ) -> Iterator[Unit]:
-    """Cut the model at its no-split modules, in order; a module's own loose tensors are units
-    too.
-    """
+    """Cut the model at its no-split modules, in order, loose tensors included."""
     whole = set(model._no_split_modules or ())
     layers = _layer_names(model, len(kv))
     seen: set[int] = set()
@@ -240,9 +259,7 @@ def _units(
 
 
 def _layer_names(model: Any, count: int) -> Mapping[str, int]:
-    """Name of each decoder layer -> its index: the entries of the module list as long as the
-    model is deep.
-    """
+    """Decoder layer's name -> index: the module list that is as long as the model."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return {f"{name}.{i}": i for i in range(count)}

@@ -13,9 +13,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator. `total_bytes` and `free_bytes` are device memory, as the driver reports
-    them.
-    """
+    """One accelerator; bytes of device memory as the driver reports them."""
 
     index: int
     name: str
@@ -40,9 +38,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Everything a strategy may know about the machine. Plans depend on it and look at nothing
-    else.
-    """
+    """Everything a strategy may know about the machine; plans depend on nothing else."""
 
     cpu: Cpu
     gpus: tuple[Gpu, ...] = ()
@@ -50,8 +46,7 @@ class Hardware:
 
 
 def detect(offload_folder: Path) -> Hardware:
-    """This machine. Touches CUDA if there is one, so never call it in a process that forks
-    afterwards.
+    """This machine. Starts CUDA: never call it in a process that forks afterwards.
 
     `offload_folder` (or its nearest existing parent) is where the free disk space is measured.
     """

@@ -1,6 +1,7 @@
 """The guarded load: one at a time, pristine globals before and after, nothing left of a failed one.
 
-`loading.load` is the only caller of a strategy's `load`.
+`loading.load` is the only caller of a strategy's `load`, but for the contract kit, which looks at
+the globals before they are healed.
 """
 
 import gc
@@ -119,9 +120,7 @@ def _left_untied(model: "PreTrainedModel | None", keys: list[KeyReport]) -> list
 
 
 def _call(strategy: "Strategy", config: ModelConfig, placement: Placement) -> "PreTrainedModel":
-    """The hook itself. Its exception is turned into words, so that no frame keeps half a model
-    alive.
-    """
+    """The hook itself; what it raises becomes words and holds no half-loaded model."""
     try:
         return strategy.load(config, placement)
     except ServiceError as error:

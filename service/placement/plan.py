@@ -42,7 +42,8 @@ class Placement:
     memory             device -> planned bytes
     load_kwargs        exactly what goes to `from_pretrained`
     main_device        where token ids go
-    allows             intended findings the certificate accepts: "offload"
+    allows             intended findings the certificate accepts: "offload", or names of tensors
+                       whose absence or values are meant (F3, F15, F16)
     quantized          linear layers that must be quantised after the load; None if unknown
     kv_bytes_per_token KV cache of one token over all layers
     kv_tokens          tokens of KV reserved: max_context x max_sequences
@@ -73,9 +74,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """Neighbours of one list on one device: "model.layers.0-39", how many, and their bytes of
-    weights.
-    """
+    """Neighbours on one device: "model.layers.0-39", how many, bytes of weights."""
 
     name: str
     count: int
@@ -110,8 +109,7 @@ def _group(run: list[Unit]) -> ModuleGroup:
 
 
 def device_of(name: str, module_map: Mapping[str, str]) -> str | None:
-    """The device of a module or tensor: its own entry or its nearest parent's; None if there is
-    none.
+    """The device of a module or tensor: its own entry, its nearest parent's, or None.
 
     Matches whole dotted names, unlike accelerate, where "layers.1" also takes layers.10 (F9).
     """

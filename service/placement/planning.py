@@ -1,6 +1,4 @@
-"""Planning helpers: from a model and a machine to a Placement. KV is reserved before weights are
-spread.
-"""
+"""From a model and a machine to a Placement; KV is reserved first."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -43,8 +41,7 @@ def on_one_device(config: ModelConfig, hardware: Hardware, device: str) -> Place
 
 
 def spread(config: ModelConfig, hardware: Hardware) -> Placement:
-    """The model over all GPUs (or the CPU if there is none), balanced so that the room left is
-    even.
+    """The model over all GPUs, or the CPU without one, with even room left on each.
 
     What does not fit is refused, or offloaded to RAM and disk where `on_no_fit` allows it.
     Raises DoesNotFit, PlacementUnavailable.
@@ -211,9 +208,7 @@ def _does_not_fit(config: ModelConfig, footprint: Any, room: Mapping[str, int]) 
 
 
 def load_kwargs(config: ModelConfig, dtype: str, device_map: Mapping[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` gets, whatever the strategy: safe formats, local files, our own
-    device map.
-    """
+    """What `from_pretrained` gets: safe formats, local files, our own device map."""
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "device_map": dict(device_map),

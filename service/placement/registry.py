@@ -105,6 +105,7 @@ class Registry:
 
     strategies: Mapping[str, Strategy]
     broken: Mapping[str, PluginError]
+    sources: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of each name
 
     def select(self, name: str, origin: Origin = BUILT_IN, key: str = "strategy") -> Strategy:
         """The strategy of that name. `origin` and `key` say where the name was written.
@@ -140,12 +141,11 @@ class _Manager(pluggy.PluginManager):
         return super().register(plugin, name)
 
 
-def build(strategy_dirs: Sequence[Path] = ()) -> Registry:
-    """Find and check every strategy. Runs the import of every plugin module, and nothing else of
-    it.
+def build(strategy_dirs: Sequence[Path] = (), files: Sequence[Path] = ()) -> Registry:
+    """Find, import and check every strategy.
 
-    Raises PluginError only for a folder that does not exist; a broken strategy is kept as its
-    error.
+    Runs the import of every plugin module, and nothing else of it. Raises PluginError only for a
+    folder that does not exist; a broken strategy is kept as its error.
     """
     manager = _Manager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -153,7 +153,7 @@ def build(strategy_dirs: Sequence[Path] = ()) -> Registry:
     accepted: dict[str, tuple[finding.Found, object]] = {}
     broken: dict[str, PluginError] = {}
     sources: dict[str, list[str]] = {}
-    for found in finding.find(strategy_dirs):
+    for found in finding.find(strategy_dirs, files):
         name, plugin, error = _examine(found)
         same = sources.setdefault(name, [])
         same.append(found.source)
@@ -188,7 +188,7 @@ def build(strategy_dirs: Sequence[Path] = ()) -> Registry:
             hooks,
         )
     manager.closed = True
-    return Registry(strategies, broken)
+    return Registry(strategies, broken, sources)
 
 
 def _examine(found: finding.Found) -> tuple[str, object, PluginError | None]:
@@ -209,8 +209,7 @@ def _examine(found: finding.Found) -> tuple[str, object, PluginError | None]:
 def settle(
     config: Deployment, strategy: Strategy, origins: Mapping[str, Origin], *, first: bool = True
 ) -> Deployment:
-    """The deployment with this strategy's own defaults below the operator's words, and its options
-    checked.
+    """The deployment with this strategy's defaults, and its options checked.
 
     Options belong to the deployment's first strategy; a fallback runs with its own defaults.
     Raises ConfigError.

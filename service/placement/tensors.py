@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Owner:
-    """The offload hook that materialises a tensor before its module runs."""
+    """The offload hook that materialises a tensor before its module runs.
+
+    opened: safetensors files that were opened to look into them, shared by the owners of a model.
+    """
 
     hook: AlignDevicesHook
     key: str
+    opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def fetch(self) -> torch.Tensor:
         """The stored tensor, on CPU. Raises KeyError if the hook's map does not have it."""
@@ -34,12 +39,13 @@ def hooks_of(module: nn.Module) -> Iterator[AlignDevicesHook]:
 def offload_owners(model: nn.Module) -> Mapping[str, Owner]:
     """Tensor name -> the hook that owns it, for every tensor that an offload hook covers."""
     owners: dict[str, Owner] = {}
+    opened: dict[str, Any] = {}
     for prefix, module in model.named_modules():
         for hook in hooks_of(module):
             if not hook.offload or hook.weights_map is None:
                 continue
             for key, _ in _tensors(module, hook):
-                owners[f"{prefix}.{key}" if prefix else key] = Owner(hook, key)
+                owners[f"{prefix}.{key}" if prefix else key] = Owner(hook, key, opened)
     return owners
 
 
@@ -58,12 +64,17 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def stored_on(owner: Owner) -> str:
     """Where an offloaded tensor rests: "cpu" (a state dict in RAM) or "disk" (a file)."""
-    loader = owner.hook.weights_map
-    key = owner.key
-    while hasattr(loader, "prefix"):  # accelerate's PrefixedDataset, possibly nested
-        key, loader = f"{loader.prefix}{key}", loader.dataset
+    loader, key = resolved(owner)
     state: Any = getattr(loader, "state_dict", loader)
     return "cpu" if state is not None and key in state else "disk"
+
+
+def resolved(owner: Owner) -> tuple[Any, str]:
+    """The map in which a hook really looks, and the name it looks for there."""
+    loader, key = owner.hook.weights_map, owner.key
+    while hasattr(loader, "prefix"):  # accelerate's PrefixedDataset, possibly nested
+        key, loader = f"{loader.prefix}{key}", loader.dataset
+    return loader, key
 
 
 def scales_of(module: Any) -> list[torch.Tensor]:

@@ -21,8 +21,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the request path needs to know of a tokenizer, read once because asking takes
-    milliseconds.
+    """What requests need to know of a tokenizer, read once: asking takes milliseconds.
 
     control: matches any special token; None if there is none. longest: characters in the longest
     token.
@@ -47,8 +46,7 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
 def encode(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], max_context: int
 ) -> list[int]:
-    """Token ids of a conversation, written by the model's own (sandboxed) chat template, ready for
-    an answer.
+    """Token ids of a conversation, by the model's own template, ready for an answer.
 
     messages: `role` and `content`, both text, and whatever else the template reads, all of it text.
     Raises InvalidRequest when the model has no template, when the template refuses the messages,
@@ -78,8 +76,7 @@ def encode(
 def encode_text(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, max_context: int, param: str = "prompt"
 ) -> list[int]:
-    """Token ids of a prompt as it stands, control tokens included, with the start token if the
-    model has one.
+    """Token ids of a prompt as it stands, control tokens and start token included.
 
     Raises ContextTooLong, before any tokenising, when the text cannot be `max_context` tokens or
     fewer.

@@ -1,6 +1,4 @@
-"""Token ids of one sequence to text, piece by piece: UTF-8 never split, stop strings never
-shown.
-"""
+"""Token ids to text, piece by piece: no split UTF-8, no stop strings."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -133,9 +131,7 @@ class Detokenizer:
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    """Text of ids, without special tokens and with spaces as the tokenizer's decoder leaves
-    them.
-    """
+    """Text of ids without special tokens, spaces as the tokenizer's decoder leaves them."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text if isinstance(text, str) else "".join(text)
 
@@ -149,9 +145,7 @@ class StopFinder:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """Text that can be shown: all before a stop string, or all that cannot be the start of
-        one.
-        """
+        """Text that can be shown: what cannot be the start of a stop string."""
         if not self._stop:
             return text
         self._held += text

@@ -14,9 +14,7 @@ HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 
 
 class Slots:
-    """Places for requests that may take long. The rest of the server's threads stays free for
-    health checks.
-    """
+    """Places for requests that may take long; other threads stay free for health."""
 
     def __init__(self, threads: int) -> None:
         self._count = max(1, threads - KEPT_FOR_HEALTH)

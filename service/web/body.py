@@ -1,6 +1,4 @@
-"""The body of a request: read no more than allowed, and accept nothing but one plain JSON
-object.
-"""
+"""The body of a request: no more than allowed, and one plain JSON object."""
 
 import json
 import math
@@ -31,8 +29,7 @@ def read_json(environ: Mapping[str, Any], limit_bytes: int) -> dict[str, Any]:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """JSON without what JSON does not have (NaN, Infinity) or what reads differently here and
-    there.
+    """JSON without NaN, Infinity, and what different readers read differently.
 
     Raises InvalidRequest for bad UTF-8, a byte order mark, duplicate keys, depth over 64, integers
     over 20 digits, numbers beyond a double's range, lone surrogates, and anything that is not an
@@ -100,9 +97,7 @@ def _check_type(environ: Mapping[str, Any]) -> None:
 
 
 def _read(environ: Mapping[str, Any], limit_bytes: int) -> bytes:
-    """The body, by its length or to the end of its chunks. Never reads more than `limit_bytes`
-    and one.
-    """
+    """The body, by its length or its chunks; at most `limit_bytes` and one are read."""
     length = _length(environ)
     if length is None:
         # Without a length only a server that ends the input itself (chunked) can be read to its

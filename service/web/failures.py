@@ -25,9 +25,7 @@ def handle_errors(app: Flask) -> None:
 
 
 def internal(request_id: str) -> dict[str, Any]:
-    """The error object of a failure that nobody expected: no detail, but an id to find it in the
-    log.
-    """
+    """The error object of an unexpected failure: no detail, an id to find it by."""
     return {
         "message": f"internal error; request id {request_id}",
         "type": ServiceError.type,
@@ -50,9 +48,7 @@ def _expected(error: ServiceError) -> Response:
 
 
 def error_response(error: ServiceError, **beside: Any) -> Response:
-    """The answer to an error, with `Retry-After` where it has one. `beside`: keys next to
-    "error".
-    """
+    """The answer to an error, with Retry-After; `beside` are keys next to "error"."""
     response = jsonify({"error": error.as_dict(), **beside})
     response.status_code = error.status
     if error.retry_after_s is not None:

@@ -138,9 +138,7 @@ def check_model(name: str, serving: Serving) -> None:
 
 
 def note_ignored(names: Sequence[str], unknown_fields: str) -> None:
-    """Names nobody specifies: refused if the operator wants that, else told in a header and the
-    log.
-    """
+    """Names nobody specifies: refused if so configured, else in a header and the log."""
     if unknown_fields == "refuse":
         refuse_unknown(list(names))
     if names:
@@ -190,20 +188,17 @@ def _sampling(job: Job, serving: Serving, prompt_tokens: int) -> SamplingParams:
 
 
 def _first(asked: float | None, recommended: float | None, otherwise: float) -> float:
-    """What the request asks for, else what the model's publisher recommends, else OpenAI's
-    default.
-    """
+    """What the request asks for, else the model's files, else OpenAI's default."""
     if asked is not None:
         return float(asked)
     return float(otherwise if recommended is None else recommended)
 
 
 def _arriving(work: Work) -> Iterator[tuple[int, Piece]]:
-    """Pieces of all answers as they come, each with its index. Cancels everything if not read to
-    the end.
+    """Pieces of all answers as they come, with their index.
 
-    Raises ClientGone when the client has left (looked at every TICK_S, also while queued), or the
-    error of a sequence.
+    Cancels everything if not read to the end. Raises ClientGone when the client has left (looked
+    at every TICK_S, also while queued), or the error of a sequence.
     """
     stop = work.job.request.stop
     # Several streams are asked in turn, so none may keep the others waiting for long.

@@ -9,6 +9,7 @@ from flask import jsonify
 from service.deployment import Deployment
 from service.deployment import Serving
 from service.errors import NotReady
+from service.errors import PlacementDrifted
 from service.web.failures import error_response
 from service.web.generation import check_model
 
@@ -19,8 +20,8 @@ def add_routes(app: Flask, deployment: Deployment) -> None:
 
     def health_ready() -> Response:
         try:
-            serving = deployment.serving()
-        except NotReady as error:  # not logged: probes ask every few seconds
+            serving = deployment.probed()
+        except (NotReady, PlacementDrifted) as error:  # not logged: probes ask every few seconds
             return error_response(error, state=deployment.state, progress=deployment.progress)
         return jsonify({"status": "ready", "state": deployment.state, "model": serving.model_id})
 

@@ -86,9 +86,7 @@ COMPLETION_DONE = DONE_BY_BOTH | {"prompt"}
 
 
 def chat_request(body: Mapping[str, Any]) -> tuple[ChatRequest, list[str]]:
-    """A chat request, and the names in it that nobody specifies. Raises InvalidRequest with
-    `param`.
-    """
+    """A chat request, and its names that nobody specifies. Raises InvalidRequest."""
     kept, unknown = fields.keep_done(body, CHAT_DONE, fields.HARMLESS, fields.CHAT_NOT_DONE)
     _require(kept, "model", "messages")
     kept["messages"] = _messages(kept["messages"], unknown)
@@ -102,9 +100,7 @@ def chat_request(body: Mapping[str, Any]) -> tuple[ChatRequest, list[str]]:
 
 
 def completion_request(body: Mapping[str, Any]) -> tuple[CompletionRequest, list[str]]:
-    """A completion request, and the names in it that nobody specifies. Raises InvalidRequest with
-    `param`.
-    """
+    """A completion request, and its names that nobody specifies. Raises InvalidRequest."""
     kept, unknown = fields.keep_done(
         body, COMPLETION_DONE, fields.HARMLESS, fields.COMPLETION_NOT_DONE
     )

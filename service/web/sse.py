@@ -27,8 +27,7 @@ def frame(event: Mapping[str, Any]) -> bytes:
 
 
 def stream(events: Iterator[Mapping[str, Any] | None], request_id: str) -> Iterator[bytes]:
-    """Events as bytes. None is a moment without news: a comment is sent if the last bytes are long
-    ago.
+    """Events as bytes; None is a moment without news, now and then a comment.
 
     An error becomes an event and the stream ends without [DONE]: a stream that just stops looks
     complete.

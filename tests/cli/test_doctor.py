@@ -1,6 +1,7 @@
 """`moorage doctor`: everything wrong, each with its fix."""
 
 import importlib.util
+import json
 import os
 import socket
 from pathlib import Path
@@ -170,3 +171,59 @@ def test_memory_that_others_use_is_named_with_their_process(
         " ok    cuda:0: RTX 4090, 14.0 of 24.0 GiB free",
         " WARN  cuda:0: 10.0 GiB in use by pid 41213. plan counts it as taken.",
     ]
+
+
+# --- the self-test
+
+
+def test_the_self_test_finds_every_reproduction_caught(run: Run, tiny: Path, free: str) -> None:
+    result = run("doctor", "--set", f"model={tiny}", "--self-test", "--json")
+    assert result.exit_code == 0, result.output
+    found = [text for text in texts(result, "ok") if text.endswith("; caught")]
+    assert [text.split()[0] for text in found] == ["F1", "F2", "F4", "F7", "F8", "F13", "F15"]
+    assert all(": still so with these versions" in text for text in found)
+
+
+def outcome(there: bool | None, caught: bool | None) -> dict[str, Any]:
+    return {"failure_class": "F8", "what": "a pair apart", "there": there, "caught": caught}
+
+
+@pytest.mark.parametrize(
+    ("there", "caught", "level", "words"),
+    [
+        (True, True, "ok", "F8 a pair apart: still so with these versions; caught"),
+        (False, True, "ok", "F8 a pair apart: no longer so with these versions; caught"),
+        (False, None, "ok", "F8 a pair apart: no longer so with these versions"),
+        (None, None, "ok", "F8 a pair apart: not tried, a package is missing"),
+        (True, False, "error", "F8 a pair apart: still so with these versions, and NOT caught"),
+    ],
+)
+def test_an_outcome_is_an_error_only_if_ours_misses_it(
+    monkeypatch: pytest.MonkeyPatch,
+    there: bool | None,
+    caught: bool | None,
+    level: str,
+    words: str,
+) -> None:
+    line = json.dumps(outcome(there, caught))
+    monkeypatch.setattr(doctor, "SELF_TEST", f"print({line!r})")
+    [finding] = doctor.reproductions()
+    assert (finding.level, finding.text) == (level, words)
+    assert (finding.fix is None) == (level == "ok")
+
+
+def test_a_self_test_that_breaks_off_is_an_error_with_its_last_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "SELF_TEST", "raise OSError('no space left')")
+    [finding] = doctor.reproductions()
+    assert finding.level == "error"
+    assert finding.text == "the self-test broke off: OSError: no space left"
+
+
+def test_a_miss_is_exit_5(run: Run, tiny: Path, free: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps(outcome(True, False))
+    monkeypatch.setattr(doctor, "SELF_TEST", f"print({line!r})")
+    words = ("doctor", "--set", f"model={tiny}")
+    assert run(*words).exit_code == 0
+    assert run(*words, "--self-test").exit_code == 5

@@ -30,8 +30,10 @@ def moorage(*words: str, cwd: Path, code: str | None = None) -> subprocess.Compl
     [
         ("--help",),
         ("plan", "--help"),
+        ("certify", "--help"),
         ("plugins", "list"),
         ("plugins", "show", "single-gpu"),
+        ("plugins", "check", "--help"),
         ("config", "show"),
         ("model", "list"),
     ],
@@ -52,7 +54,7 @@ def test_help_in_a_pipe_has_no_colours(tmp_path: Path) -> None:
     done = moorage("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
-    for command in ("serve", "plan", "doctor", "plugins", "config", "model"):
+    for command in ("serve", "plan", "certify", "doctor", "plugins", "config", "model"):
         assert command in done.stdout
 
 

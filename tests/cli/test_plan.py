@@ -200,3 +200,17 @@ def test_a_note_says_where_accelerates_own_map_would_overflow(
         lambda *a, **k: {**lopsided, **{f"model.layers.{i}": int(i >= 40) for i in range(80)}},
     )
     assert "accelerate" not in run("plan", *words).stdout
+
+
+def test_a_module_is_explained_and_an_unknown_one_refused(run: Run, tiny: Path) -> None:
+    words = ("plan", "--model", tiny, "--hardware", "ram=4GiB", "--explain")
+    result = run(*words, "model.layers.0.mlp")
+    assert result.exit_code == 0, result.output
+    assert "why   model.layers.0 has" in result.stdout
+    assert "it is on cpu because nothing else computes in this plan" in result.stdout
+    made = as_json(run(*words, "lm_head", "--json"))
+    assert made["explain"]["module"] == "lm_head"
+    assert made["explain"]["device"] == "cpu"
+    refused = run(*words, "model.layer.0")
+    assert refused.exit_code == 2
+    assert "did you mean 'model.layers.0'?" in refused.output

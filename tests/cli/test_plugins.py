@@ -101,3 +101,73 @@ def test_a_mistake_in_the_config_is_a_config_error(run: Run, tmp_path: Path) -> 
     result = run("plugins", "list")
     assert result.exit_code == 3
     assert "moorage.yaml:4:5" in result.stderr
+
+
+# --- check: what the contract is, tests/testing has
+
+
+FAULTY = """
+from plugins.cpu import load as load
+from plugins.cpu import place_inputs as place_inputs
+from plugins.cpu import plan as plan
+from service.placement.hookspecs import hookimpl
+
+
+@hookimpl
+def validate(model, placement): ...
+"""
+
+
+def test_check_prints_a_table_and_ends_with_7_if_anything_fails(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    result = run("plugins", "check", "faulty.py")
+    assert result.exit_code == 7
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["CHECK", "RESULT", "MESSAGE"]
+    (failed,) = (line for line in lines if " fail " in line)
+    assert failed.startswith("validate-rejects-faults")
+    assert "(validate, faulty.py:9)" in failed
+    assert lines[-1] == "13 passed, 1 failed, 0 not run"
+    assert result.stderr == ""
+
+
+def test_check_takes_a_strategy_of_the_config_with_what_flags_say(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    options = "class Options(BaseModel):\n    layers: int\n"
+    (tmp_path / "mine" / "faulty.py").write_text(
+        f"from pydantic import BaseModel\n{FAULTY}\n\n{options}"
+    )
+    (tmp_path / "moorage.yaml").write_text(
+        "version: 1\ndeployments:\n  a:\n    strategy_dirs: [./mine]\n    quantize: nf4\n"
+    )
+    untold = as_json(run("plugins", "check", "faulty", "--json"))
+    assert "options are needed" in untold["checks"][1]["message"]
+    words = ("--set", "options.layers=1", "--set", "quantize=int8", "--json")
+    told = as_json(run("plugins", "check", "faulty", *words))
+    by_name = {check["check"]: check for check in told["checks"]}
+    assert by_name["plan-reads-no-weights"]["status"] == "pass"
+    assert "0.98 is needed" in by_name["forward-equals-reference"]["message"]
+    assert not told["passed"]
+
+
+def test_check_of_a_strategy_that_cannot_be_imported_fails_with_its_line(
+    run: Run, strategies: Path
+) -> None:
+    for words in ("cracked", "mine/cracked.py"):
+        result = run("plugins", "check", words)
+        assert result.exit_code == 7
+        assert "No module named 'tritonx' (cracked.py:1)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("auto-shart",), "did you mean 'auto-shard'"),
+        (("nowhere.py",), "there is no file nowhere.py"),
+        (("cpu", "--set", "model=x"), "model cannot be set"),
+    ],
+)
+def test_check_refuses_what_it_cannot_check(run: Run, words: tuple[str, ...], said: str) -> None:
+    result = run("plugins", "check", *words)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.replace("│", " ").split())

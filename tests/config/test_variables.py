@@ -33,6 +33,8 @@ VALUES = {
     "MOORAGE_KEEP_FREE": ("cuda: 1KiB", {"cuda": 1024}),
     "MOORAGE_MAX_MEMORY": ("{cuda:0: 1KiB, cpu: 5}", {"cuda:0": 1024, "cpu": 5}),
     "MOORAGE_LOAD_TIMEOUT_S": ("10", 10.0),
+    "MOORAGE_WATCH_INTERVAL_S": ("0", 0.0),
+    "MOORAGE_ON_DRIFT": ("reload", "reload"),
     "MOORAGE_TRUST_REMOTE_CODE": ("true", True),
     "MOORAGE_ALLOW_PICKLE": ("True", True),
 }

@@ -4,7 +4,10 @@ On a difference, paste what the failing test shows.
 """
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from service.placement import planning
 from service.placement import registry
 from service.placement.certificate import certify
 from service.placement.registry import Strategy
+from service.testing import contract
 from tests.support.planned import GIB
 from tests.support.planned import bring_up
 from tests.support.planned import model_config
@@ -23,7 +27,8 @@ from tests.support.planned import ram
 from tests.support.tiny import save_tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+BLOCKS = [block for block in CODE if "StrategyContract" not in block]
 FIRST = BLOCKS[0]
 
 
@@ -62,6 +67,24 @@ def test_every_check_of_the_certificate_is_documented():
         said = (inspect.getdoc(check) or "").partition("\n\n")[0]
         rows.append(f"| {name} | {' '.join(said.removeprefix(f'{name}: ').split())} |")
     assert "\n".join(rows) in PAGE
+
+
+def test_every_check_of_the_contract_is_documented():
+    rows = ["| check | what it proves |", "| --- | --- |"]
+    for name, check in contract.CHECKS:
+        rows.append(f"| {name} | {' '.join((inspect.getdoc(check) or '').split())} |")
+    assert "\n".join(rows) in PAGE
+
+
+def test_every_tolerance_is_documented():
+    text = " ".join(PAGE.split())
+    by = contract.ALIKE
+    assert f"{contract.EXACT:.0e}".replace("e-0", "e-") + " of the largest one away" in text
+    assert by["bfloat16"] == by["float16"]
+    assert (
+        f"by {by['bfloat16']} in bfloat16 or float16, {by['Linear8bitLt']} in int8 and "
+        f"{by['Linear4bit']} in 4 bits"
+    ) in text
 
 
 @pytest.mark.parametrize("helper", ["on_one_device", "spread", "mapped", "units"])
@@ -110,6 +133,21 @@ def test_the_example_of_defaults_is_one(tmp_path: Path):
         "quantize": "nf4",
         "keep_free": {"cuda": GIB},
     }
+
+
+def test_the_example_of_a_test_runs_every_check(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(FIRST)
+    (tests,) = (block for block in CODE if "StrategyContract" in block)
+    (tmp_path / "test_mine.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    done = subprocess.run(
+        [*command, "--rootdir", tmp_path, tmp_path / "test_mine.py"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"{len(contract.CHECKS)} passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_packaging_example_names_the_real_group():

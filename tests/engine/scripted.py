@@ -41,6 +41,10 @@ class ScriptedRunner:
     def kv_tokens(self) -> int:
         return sum(tuple(self.caches.values()))
 
+    def release(self) -> None:
+        self.threads.add(threading.current_thread())
+        self.caches.clear()
+
     def warm_up(self) -> None:
         self.threads.add(threading.current_thread())
         self.warm_ups += 1

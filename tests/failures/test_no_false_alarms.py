@@ -12,7 +12,9 @@ from transformers import MixtralConfig
 from transformers import OPTConfig
 
 from service.placement.certificate import certify
+from service.placement.checks import CHECKS
 from service.placement.loading import Loaded
+from service.placement.watch import Watch
 from tests.support.placing import IDS
 from tests.support.placing import bring_up
 from tests.support.placing import logits
@@ -65,10 +67,23 @@ def saved(folder: Path, arch: str, tie: bool | None, dtype: str) -> Path:
 def assert_proven(loaded: Loaded) -> None:
     certificate = certify(loaded)
     assert certificate.valid, certificate.failure()
-    assert {"F1", "F2", "F4", "F7", "F8", "F12", "F13", "F14", "F15", "forward"} <= {
-        check.name for check in certificate.checks
-    }
+    assert [check.name for check in certificate.checks] == [name for name, _ in CHECKS]
+    checked = {check.name: check.checked for check in certificate.checks}
+    computed = [n for n, _ in loaded.model.named_buffers() if n not in loaded.model.state_dict()]
+    assert checked["F3"] == len(computed)
+    whole = sum(1 for _ in loaded.model.parameters()) - checked["F13"]
+    assert checked["F16"] == whole or "mixtral" in loaded.model.config.model_type
     assert not loaded.notes
+    assert_unchanged(loaded)
+
+
+def assert_unchanged(loaded: Loaded) -> None:
+    """The watch finds nothing, however often the model runs."""
+    watch = Watch(loaded.model, 30.0)
+    for _ in range(3):
+        placed = loaded.strategy.place_inputs(loaded.model, {"input_ids": IDS})["input_ids"]
+        logits(loaded.model, placed)
+        assert watch.look(thorough=True) is None, watch.changes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

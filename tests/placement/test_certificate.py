@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from service.errors import PlacementMismatch
 from service.placement.certificate import Certificate
@@ -18,7 +19,8 @@ from tests.support.placing import refusal
 from tests.support.placing import variant
 from tests.support.tiny import save_tiny
 
-NAMES = ["F1", "F2", "F4", "F7", "F8", "F12", "F13", "F14", "F15", "strategy", "inputs", "forward"]
+CLASSES = ["F1", "F2", "F3", "F4", "F7", "F8", "F12", "F13", "F14", "F15", "F16"]
+NAMES = [*CLASSES, "strategy", "inputs", "forward"]
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def test_every_check_is_run_in_order_and_counts_what_it_looked_at(folder: Path) 
     checked = {check.name: check.checked for check in certificate.checks}
     tensors = 4 * 9 + 3
     assert checked["F1"] == checked["F15"] == tensors
-    assert checked["F2"] == 2
+    assert checked["F2"] == checked["F3"] == 2
+    assert checked["F16"] == tensors - 1  # a tied head has no values of its own
     assert checked["F7"] == checked["F8"] == 1
     assert checked["F4"] > 20
     assert checked["forward"] > 100
@@ -41,13 +44,43 @@ def test_every_check_is_run_in_order_and_counts_what_it_looked_at(folder: Path) 
 
 def test_a_certificate_is_json(folder: Path) -> None:
     body = json.loads(json.dumps(certify(bring_up(folder)).as_dict()))
-    assert body.keys() == {"valid", "issued_at", "devices", "quantized_linears", "checks"}
+    assert body.keys() == {
+        "valid",
+        "issued_at",
+        "seconds",
+        "versions",
+        "plan_hash",
+        "devices",
+        "plan_error_bytes",
+        "quantized_linears",
+        "tensors_sampled",
+        "checks",
+    }
     assert body["valid"] is True
+    assert body["seconds"] >= sum(check["ms"] for check in body["checks"]) / 1000 - 0.01
+    assert body["plan_error_bytes"] == {"cpu": 0}
+    assert body["tensors_sampled"] == 4 * 9 + 2
     assert datetime.fromisoformat(body["issued_at"]).tzinfo is not None
     assert body["quantized_linears"] == 0
     for check in body["checks"]:
         assert check.keys() == {"class", "status", "checked", "ms"}
         assert check["status"] == "pass"
+
+
+def test_a_certificate_has_the_versions_of_what_it_depends_on(folder: Path) -> None:
+    versions = certify(bring_up(folder)).versions
+    assert list(versions) == ["moorage", "python", "torch", "transformers", "accelerate"]
+    assert versions["torch"] == torch.__version__
+    quantized = certify(bring_up(folder, quantize="nf4")).versions
+    assert list(quantized) == [*versions, "bitsandbytes"]
+
+
+def test_the_plan_error_is_what_is_there_less_what_was_planned(folder: Path) -> None:
+    loaded = bring_up(folder)
+    loaded.model.register_buffer("extra", torch.zeros(100), persistent=False)
+    assert certify(loaded).as_dict()["plan_error_bytes"] == {"cpu": 400}
+    split = offloaded(folder)
+    assert certify(split).plan_errors == {"cpu": 0, "disk": 0}
 
 
 def test_bytes_are_counted_where_they_rest_and_tied_ones_once(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What is planned is what a load takes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,26 @@ def test_auto_is_the_checkpoints_dtype_where_the_device_computes_with_it(
     tiny_config("llama", dtype=stored).save_pretrained(tmp_path)
     config = model_config(tmp_path)
     assert footprint.measure(config, on_cpu=on_cpu, native_bfloat16=native).dtype == expected
+
+
+def test_a_config_that_names_no_dtype_has_that_of_its_files(tmp_path: Path):
+    folder = save_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+    words = json.loads((folder / "config.json").read_text())
+    del words["dtype"]
+    (folder / "config.json").write_text(json.dumps(words))
+    assert measure(folder).dtype == "bfloat16"
+
+
+def test_tensors_that_transformers_keeps_in_float32_are_counted_so(tmp_path: Path):
+    """DeepSeek-V3's expert bias: `_keep_in_fp32_modules_strict`."""
+    folder = odd_shape(tmp_path, "deepseek_v3")
+    model = AutoModelForCausalLM.from_config(footprint.read_config(model_config(folder)))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    held = sum(nbytes(t) for t in (*loaded.parameters(), *loaded.buffers()))
+    bias = loaded.model.layers[1].mlp.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32
+    assert measure(folder, dtype="bfloat16").weights == held
 
 
 # --- refusals

@@ -95,7 +95,7 @@ def test_a_strategy_that_breaks_when_it_is_looked_at_disturbs_nobody(
 
 
 def entry(monkeypatch: pytest.MonkeyPatch, *found: Found) -> None:
-    def find(strategy_dirs: object) -> Iterator[Found]:
+    def find(strategy_dirs: object, files: object) -> Iterator[Found]:
         return iter(found)
 
     monkeypatch.setattr(finding, "find", find)

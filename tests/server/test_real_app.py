@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -97,3 +98,64 @@ def test_a_strategy_that_cannot_work_here_ends_the_server_with_one_line(
         assert server.exit_status() == 4
         assert server.log().count("[ERROR]") == 1
         assert "Traceback" not in server.log()
+
+
+DRIFTING = """
+from pathlib import Path
+
+from service.placement import planning
+from service.placement.hookspecs import hookimpl
+from service.placement.inputs import to_input_device
+
+NOW = Path({trigger!r})
+
+
+@hookimpl
+def plan(config, hardware):
+    return planning.on_one_device(config, hardware, "cpu")
+
+
+@hookimpl
+def load(config, placement):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(config.folder, **placement.load_kwargs)
+
+
+@hookimpl
+def validate(model, placement):
+    pass
+
+
+@hookimpl
+def place_inputs(model, inputs):
+    if NOW.exists():
+        NOW.unlink()
+        model.half()
+    return to_input_device(model, inputs)
+"""
+
+
+@pytest.mark.parametrize(("on_drift", "workers"), [("stop", 2), ("reload", 1)])
+def test_a_model_that_changes_ends_its_streams_and_is_served_again(
+    model: Path, tmp_path: Path, on_drift: str, workers: int
+) -> None:
+    trigger = tmp_path / "now"
+    (tmp_path / "strategies").mkdir()
+    (tmp_path / "strategies/drifting.py").write_text(DRIFTING.format(trigger=str(trigger)))
+    mine = {"strategy": "drifting", "strategy_dirs": ["./strategies"]}
+    config(tmp_path, model, **mine, on_drift=on_drift, watch_interval_s=0.02)
+    with Server(tmp_path / "log", conf=CONF, cwd=tmp_path) as server:
+        events = chat(ready(server), 480)
+        next(events)
+        trigger.touch()
+        last = list(events)[-1]
+        assert last["error"]["code"] == "placement_drifted"
+        assert "was float32, is float16" in last["error"]["message"]
+        wait_for("the model again", lambda: server.log().count("Moorage is ready") == 2)
+        ready(server)
+        assert "choices" in list(chat(server, 4))[-1]
+        pids = re.findall(r"\[(\d+)\] \[INFO\] Moorage is ready", server.log())
+        assert len(set(pids)) == workers
+        server.signal(signal.SIGTERM)
+        assert server.exit_status() == 0

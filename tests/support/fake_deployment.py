@@ -11,6 +11,7 @@ from service.config.schema import Config
 from service.config.schema import DeploymentConfig
 from service.config.schema import ServerConfig
 from service.errors import NotReady
+from service.errors import PlacementDrifted
 from tests.support.fake_engine import FakeEngine
 from tests.support.tiny import IM_END
 from tests.support.tiny import tiny_tokenizer
@@ -49,14 +50,20 @@ class FakeDeployment:
     state: str = "ready"
     progress: float = 1.0
     model: FakeServing = field(default_factory=FakeServing)
+    drift: PlacementDrifted | None = None
 
     def document(self) -> dict[str, Any]:
         return {"object": "placement", "schema": 1, "state": self.state, "progress": self.progress}
 
     def serving(self) -> FakeServing:
+        if self.drift is not None:
+            raise self.drift
         if self.state != "ready":
             raise NotReady(f"{self.state} {self.progress:.0%}, try again", retry_after_s=7)
         return self.model
+
+    def probed(self) -> FakeServing:
+        return self.serving()
 
     def start(self) -> None:
         self.state = "ready"

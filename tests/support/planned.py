@@ -16,11 +16,11 @@ from service.config.origin import Origin
 from service.config.schema import ModelConfig
 from service.placement import loading
 from service.placement import registry
-from service.placement.hardware import Cpu
-from service.placement.hardware import Gpu
 from service.placement.hardware import Hardware
 from service.placement.loading import Loaded
 from service.placement.registry import Strategy
+from service.testing.machines import cards as cards
+from service.testing.machines import ram as ram
 
 MIB = 2**20
 GIB = 2**30
@@ -81,17 +81,6 @@ def write_shape(folder: Path, arch: str = "llama", **keys: Any) -> Path:
     """Write only a config.json: planning reads no weights. Returns `folder`."""
     CONFIG_MAPPING[arch](**keys).save_pretrained(folder)
     return folder
-
-
-def ram(size: int, *, disk: int = 1024 * GIB) -> Hardware:
-    """A machine without a GPU. Sizes in bytes."""
-    return Hardware(Cpu(size, size, bfloat16=True), (), disk)
-
-
-def cards(*sizes: int, ram: int = 64 * GIB, disk: int = 1024 * GIB) -> Hardware:
-    """A machine with GPUs of which these bytes are free."""
-    gpus = tuple(Gpu(index, "card", size, size) for index, size in enumerate(sizes))
-    return Hardware(Cpu(ram, ram, bfloat16=True), gpus, disk)
 
 
 def write_strategy(path: Path, more: str = "", text: str = STRATEGY) -> Path:

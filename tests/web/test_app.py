@@ -6,11 +6,14 @@ import time
 
 import pytest
 
+from service.errors import PlacementDrifted
 from service.web import generation
 from service.web.admission import KEPT_FOR_HEALTH
 from service.web.admission import Slots
 from service.web.admission import client_gone
+from service.web.app import create_app
 from tests.support.fake_deployment import MODEL_ID
+from tests.support.fake_deployment import FakeDeployment
 from tests.web.asking import CHAT
 from tests.web.asking import COMPLETIONS
 from tests.web.asking import body_for
@@ -46,6 +49,20 @@ def test_until_it_is_ready_it_says_how_far_it_is_and_when_to_come_back(make_clie
         assert "63%" in error_of(response, 503)["message"]
         assert response.headers["Retry-After"] == "7"
     error_of(client.get("/v1/models"), 503)
+
+
+def test_a_model_that_changed_is_not_ready_and_says_what_changed():
+    drift = PlacementDrifted("lm_head.weight was float32, is float16", failure_class="F18")
+    client = create_app(FakeDeployment(state="degraded", drift=drift)).test_client()
+    ready = client.get("/health/ready")
+    error = error_of(ready, 503)
+    assert (error["code"], error["failure_class"]) == ("placement_drifted", "F18")
+    assert "was float32, is float16" in error["message"]
+    assert ready.get_json()["state"] == "degraded"
+    assert ready.headers["Retry-After"].isdigit()
+    for path in (CHAT, COMPLETIONS):
+        response = client.post(path, json=body_for(path))
+        assert error_of(response, 503)["code"] == "placement_drifted"
 
 
 def test_models_lists_the_one_that_is_served(client):

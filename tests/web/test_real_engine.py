@@ -10,6 +10,7 @@ import torch
 
 from service.engine.engine import Engine
 from service.engine.runner import Runner
+from service.errors import PlacementDrifted
 from service.web.app import create_app
 from tests.support.fake_deployment import FakeDeployment
 from tests.support.fake_deployment import FakeServing
@@ -136,3 +137,43 @@ def test_a_stop_string_frees_the_place_of_its_sequence(make_client, engine):
     assert answer["text"] == whole[: whole.index(stop)]
     assert answer["finish_reason"] == "stop"
     wait_until_idle(engine)
+
+
+def test_a_model_that_changes_ends_a_stream_with_an_event_that_says_so(make_client, engine):
+    drift = PlacementDrifted(
+        "the model changed while serving (F18): lm_head.weight was float32, is float16",
+        failure_class="F18",
+        tensors=["lm_head.weight"],
+    )
+    engine.look_with(lambda thorough: drift)
+    body = completion_body(stream=True, max_tokens=CONTEXT - 2, ignore_eos=True)
+    response = make_client().post(COMPLETIONS, json=body)
+    assert response.status_code == 200
+    chunks = response.iter_encoded()
+    first = next(chunks)
+    engine.inspect(0.0)
+    *_, last = events((first + b"".join(chunks)).decode())
+    assert last["error"]["code"] == "placement_drifted"
+    assert last["error"]["failure_class"] == "F18"
+    assert last["error"]["tensors"] == ["lm_head.weight"]
+    assert "was float32, is float16" in last["error"]["message"]
+
+
+def test_a_model_that_changes_ends_a_blocking_request_with_503(make_client, engine):
+    def look(thorough: bool) -> PlacementDrifted:
+        return PlacementDrifted("the model changed while serving")
+
+    engine.look_with(look)
+
+    def look_when_running() -> None:
+        while not engine.stats().running:
+            time.sleep(0.0005)
+        engine.inspect(0.0)
+
+    looker = threading.Thread(target=look_when_running)
+    looker.start()
+    body = completion_body(max_tokens=CONTEXT - 2, ignore_eos=True)
+    response = make_client().post(COMPLETIONS, json=body)
+    looker.join()
+    assert error_of(response, 503)["code"] == "placement_drifted"
+    assert response.headers["Retry-After"].isdigit()

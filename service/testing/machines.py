@@ -1,0 +1,27 @@
+"""Invented machines: a plan takes the hardware as an argument, so it can be tested anywhere.
+
+Sizes are in bytes, all of it free.
+"""
+
+from service.placement.hardware import GIB
+from service.placement.hardware import Cpu
+from service.placement.hardware import Gpu
+from service.placement.hardware import Hardware
+
+MIB = 2**20
+
+
+def ram(size: int, *, disk: int = 1024 * GIB) -> Hardware:
+    """A machine without a GPU."""
+    return Hardware(Cpu(size, size, bfloat16=True), (), disk)
+
+
+def cards(*sizes: int, ram: int = 64 * GIB, disk: int = 1024 * GIB) -> Hardware:
+    """A machine with GPUs of these sizes."""
+    gpus = tuple(Gpu(index, "card", size, size) for index, size in enumerate(sizes))
+    return Hardware(Cpu(ram, ram, bfloat16=True), gpus, disk)
+
+
+def empty() -> Hardware:
+    """A machine on which no model fits: 64 KiB of memory, no GPU, no disk."""
+    return Hardware(Cpu(2**16, 2**16))
