@@ -20,6 +20,7 @@ from service.errors import PlacementMismatch
 from service.errors import ServiceError
 from service.placement import describe
 from service.placement import finding
+from service.placement import guard
 from service.placement.checks import CHECKS
 from service.placement.checks import CheckFunction
 from service.placement.checks import device_bytes
@@ -107,10 +108,11 @@ def certify(loaded: Loaded) -> Certificate:
     started = time.monotonic()
     owners = offload_owners(loaded.model)
     checks: list[Check] = []
-    for name, check in CHECKS:
-        if name in ("inputs", "forward") and any(c.status == "fail" for c in checks):
-            continue
-        checks.append(_run(name, check, loaded, owners))
+    with guard.LOAD_LOCK:  # another load swaps what F4 looks at, and what a forward may need (F5)
+        for name, check in CHECKS:
+            if name in ("inputs", "forward") and any(c.status == "fail" for c in checks):
+                continue
+            checks.append(_run(name, check, loaded, owners))
     measured = device_bytes(loaded, owners)
     quantized = len(quantized_linears(loaded))
     return Certificate(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from transformers import AutoModelForCausalLM
 from transformers import BitsAndBytesConfig
 
@@ -13,6 +14,11 @@ from tests.support.placing import bring_up
 from tests.support.placing import logits
 from tests.support.placing import refusal
 from tests.support.tiny import save_tiny
+
+pytestmark = pytest.mark.skipif(
+    not has_avx512bf16(),
+    reason="bitsandbytes packs 4-bit layers in blocks only where the CPU has AVX512-BF16",
+)
 
 
 @pytest.fixture

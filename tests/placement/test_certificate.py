@@ -70,7 +70,7 @@ def test_a_certificate_is_json(folder: Path) -> None:
 def test_a_certificate_has_the_versions_of_what_it_depends_on(folder: Path) -> None:
     versions = certify(bring_up(folder)).versions
     assert list(versions) == ["moorage", "python", "torch", "transformers", "accelerate"]
-    assert versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(versions["torch"])  # "+cpu" may follow
     quantized = certify(bring_up(folder, quantize="nf4")).versions
     assert list(quantized) == [*versions, "bitsandbytes"]
 
