@@ -103,7 +103,11 @@ def test_every_process_gives_a_plan_the_same_hash():
     found = {
         subprocess.run(
             [sys.executable, "-c", HASH],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": seed,
+                "PYTHONPATH": os.pathsep.join((str(root), os.environ.get("PYTHONPATH", ""))),
+            },
             capture_output=True,
             text=True,
             check=True,

@@ -88,7 +88,10 @@ def test_another_plugins_package_in_the_working_directory_is_detected(tmp_path: 
             "    print(error.one_line())\n",
         ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+        },
         capture_output=True,
         text=True,
         check=True,
