@@ -1,19 +1,20 @@
 """Which unit goes on which device. Pure arithmetic: units and budgets in, names out."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from service.placement.plan import Unit
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Unit name -> device, and bytes set aside on the main device to run offloaded units."""
+def staged(away: Iterable[Unit]) -> Unit:
+    """What offloaded units take of the main device, on which they run, as one unit.
 
-    map: Mapping[str, str]
-    staging: int = 0
-    staged_kv: int = 0
+    The largest one's weights pass through it; the KV of all of them stays there.
+    """
+    units = list(away)
+    weights = max((unit.weights for unit in units), default=0)
+    return Unit("staged", weights, sum(unit.kv for unit in units))
 
 
 def balance(units: Sequence[Unit], budgets: Mapping[str, int]) -> Mapping[str, str] | None:
@@ -61,7 +62,7 @@ def offload(
     units: Sequence[Unit],
     budgets: Mapping[str, int],
     stores: Mapping[str, int],
-) -> Fit | None:
+) -> Mapping[str, str] | None:
     """Keep as many layers as fit on the devices and rest the others in `stores`, filled in order.
 
     Layers are the units with KV; the last ones are offloaded, everything else stays. An offloaded
@@ -72,21 +73,20 @@ def offload(
     layers = [unit for unit in units if unit.kv] or sorted(units, key=lambda u: u.weights)
     devices = list(budgets)
 
-    def with_offloaded(count: int) -> Fit | None:
+    def with_offloaded(count: int) -> Mapping[str, str] | None:
         away = layers[len(layers) - count :]
         kept = [unit for unit in units if unit not in away]
-        staging = max((unit.weights for unit in away), default=0)
-        staged_kv = sum(unit.kv for unit in away)
+        held = staged(away)
         rest = _fill([Unit(unit.name, unit.weights) for unit in away], stores, 0)
         if rest is None:
             return None
         for first, main in enumerate(devices):
             room = {device: budgets[device] for device in devices[first:]}
-            room[main] -= staging + staged_kv
+            room[main] -= held.weights + held.kv
             places = balance(kept, room) if room[main] >= 0 else None
             # a card too small to hold a unit is passed over, and the next one is the main device
             if places is not None and main in places.values():
-                return Fit({**places, **rest}, staging, staged_kv)
+                return {**places, **rest}
         return None
 
     # more offloaded layers need less on the devices but more in the stores: take the first that

@@ -9,6 +9,7 @@ from service.config.suggesting import did_you_mean
 from service.errors import DoesNotFit
 from service.errors import PlacementMismatch
 from service.errors import PlacementUnavailable
+from service.placement import fitting
 from service.placement.hardware import Hardware
 from service.placement.plan import DeviceMemory
 from service.placement.plan import Placement
@@ -46,8 +47,6 @@ def spread(config: ModelConfig, hardware: Hardware) -> Placement:
     What does not fit is refused, or offloaded to RAM and disk where `on_no_fit` allows it.
     Raises DoesNotFit, PlacementUnavailable.
     """
-    from service.placement import fitting
-
     need_quantizer(config)
     names = [gpu.id for gpu in hardware.gpus] or ["cpu"]
     room = budgets(config, hardware, names)
@@ -56,12 +55,11 @@ def spread(config: ModelConfig, hardware: Hardware) -> Placement:
     room = {device: size - overhead for device, size in room.items()}
     parts = [unit for unit in footprint.units if unit.name not in footprint.ties]
     places = fitting.balance(parts, room)
-    fit = None if places is None else fitting.Fit(places)
-    if fit is None and config.on_no_fit != "refuse":
-        fit = fitting.offload(parts, room, _stores(config, hardware, names))
-    if fit is None:
+    if places is None and config.on_no_fit != "refuse":
+        places = fitting.offload(parts, room, _stores(config, hardware, names))
+    if places is None:
         raise _does_not_fit(config, footprint, room)
-    return _placed(config, footprint, names, fit.map)
+    return _placed(config, footprint, names, places)
 
 
 def mapped(config: ModelConfig, hardware: Hardware, module_map: Mapping[str, str]) -> Placement:
@@ -154,9 +152,7 @@ def _placed(
             hint="lower max_context or max_sequences, or set quantize: none with offload",
             failure_class="F12",
         )
-    # an offloaded layer runs on the main device: its KV is there, and its weights pass through
-    staging = max((unit.weights for unit in away), default=0)
-    staged_kv = sum(unit.kv for unit in away)
+    held = fitting.staged(away)
     overhead = _overhead(footprint.activations, (footprint.weights + footprint.kv) // len(names))
     memory = {}
     for device in used:
@@ -164,8 +160,8 @@ def _placed(
         runs = device in names
         memory[device] = DeviceMemory(
             sum(unit.weights for unit in here),
-            (sum(unit.kv for unit in here) if runs else 0) + (staged_kv if device == main else 0),
-            (overhead if runs else 0) + (staging if device == main else 0),
+            (sum(unit.kv for unit in here) if runs else 0) + (held.kv if device == main else 0),
+            (overhead if runs else 0) + (held.weights if device == main else 0),
         )
     resting = {d: m.weights for d, m in memory.items() if d not in names}
     whole = set(module_map.values()) == {main}
