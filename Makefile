@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := service plugins tests examples gunicorn.conf.py
+SOURCES := service plugins benchmarks tests examples gunicorn.conf.py
 
 .PHONY: serve test lint types tests clean
 

@@ -28,9 +28,12 @@ def plan(config: ModelConfig, hardware: Hardware) -> Placement:
 @hookimpl
 def load(config: ModelConfig, placement: Placement) -> "PreTrainedModel":
     """Load exactly what was planned; accelerate attaches the device hooks."""
-    from transformers import AutoModelForCausalLM
+    from service.placement.architectures import auto_class
 
-    return AutoModelForCausalLM.from_pretrained(config.folder, **placement.load_kwargs)
+    model: PreTrainedModel = auto_class(config).from_pretrained(
+        config.folder, **placement.load_kwargs
+    )
+    return model
 
 
 @hookimpl

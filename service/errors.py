@@ -197,6 +197,14 @@ class Unauthorized(RequestError):
     code = "invalid_api_key"
 
 
+class ForbiddenHost(RequestError):
+    """The Host header names something else than this machine: most likely DNS rebinding."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden_host"
+
+
 class UnknownModel(RequestError):
     status = 404
     type = "invalid_request_error"
@@ -229,6 +237,15 @@ class Overloaded(RequestError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after_s = 1
+
+
+class RateLimited(RequestError):
+    """The limits of this API key are used up; try again after `retry_after_s`."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
     retry_after_s = 1
 
 
@@ -272,3 +289,17 @@ class DeadlineExceeded(RequestError):
     status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
+
+
+class SentTooSlowly(RequestError):
+    """The body of the request did not arrive in time."""
+
+    status = 408
+    type = "timeout_error"
+    code = "sent_too_slowly"
+
+
+class ReadTooSlowly(RequestError):
+    status = 408
+    type = "timeout_error"
+    code = "read_too_slowly"

@@ -37,9 +37,9 @@ def plan(config, hardware):
 @hookimpl
 def load(config, placement):
     """Exactly what was planned."""
-    from transformers import AutoModelForCausalLM
+    from service.placement.architectures import auto_class
 
-    return AutoModelForCausalLM.from_pretrained(config.folder, **placement.load_kwargs)
+    return auto_class(config).from_pretrained(config.folder, **placement.load_kwargs)
 
 
 @hookimpl

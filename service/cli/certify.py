@@ -8,7 +8,6 @@ import typer
 from service.cli import options
 from service.cli import report
 from service.config import reading
-from service.config.origin import BUILT_IN
 from service.config.schema import Config
 
 if TYPE_CHECKING:
@@ -60,18 +59,16 @@ def certify(
 
 
 def _load(words: Config) -> "tuple[Loaded, Hardware]":
-    from service.placement import registry
+    from service.placement.chain import steps
 
-    origins = words.origins
-    found = registry.build(words.deployment.strategy_dirs)
-    chosen = found.select(words.deployment.strategy, origins.get("strategy", BUILT_IN))
-    registry.settle(words.deployment, chosen, origins)
+    _, (first, *_) = steps(words)
+    chosen = first.strategy
 
     from service.models.locate import locate
     from service.placement import hardware
     from service.placement import loading
 
-    located = registry.settle(locate(words), chosen, origins)
+    located = first.settle(locate(words))
     machine = hardware.detect(located.offload_folder or words.cache)
     placement = chosen.plan(located, machine)
     return loading.load(chosen, located, placement, lambda share: None), machine

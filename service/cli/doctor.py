@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -24,10 +25,12 @@ from service.cli import options
 from service.cli import report
 from service.config import reading
 from service.config.flags import Flags
-from service.config.origin import BUILT_IN
 from service.config.schema import Config
 from service.errors import ConfigError
 from service.errors import ServiceError
+
+if TYPE_CHECKING:
+    from service.placement.chain import Step
 
 GIB = 2**30
 PACKAGES = ("transformers", "torch", "accelerate")
@@ -117,7 +120,7 @@ def examine(flags: Flags) -> Iterator[Finding]:
 SELF_TEST = """
 import sys
 sys.path.insert(0, ROOT)
-from service.testing.self_test import main
+from service.testing.self_test.run import main
 main()
 """
 SELF_TEST_TIMEOUT_S = 300
@@ -147,8 +150,11 @@ def reproductions() -> Iterator[Finding]:
 
 def _reproduced(outcome: dict[str, Any]) -> Finding:
     head = f"{outcome['failure_class']} {outcome['what']}"
+    if outcome["there"] is None and outcome["caught"] is None:
+        return Finding("ok", f"{head}: not tried, {outcome['why']}")
     if outcome["there"] is None:
-        return Finding("ok", f"{head}: not tried, a package is missing")
+        fix = "report this with the versions"
+        return Finding("warn", f"{head}: could not be tried: {outcome['why']}", fix)
     there = "still so" if outcome["there"] else "no longer so"
     if outcome["caught"] is None:
         return Finding("ok", f"{head}: {there} with these versions")
@@ -234,8 +240,10 @@ def shared_memory(folder: Path) -> Iterator[Finding]:
 
 
 def quantizer(config: Config) -> Iterator[Finding]:
-    wanted = config.deployment.quantize
-    if wanted == "none":
+    steps = (step.changes.get("quantize", "none") for step in config.deployment.fallback)
+    asked = dict.fromkeys((config.deployment.quantize, *steps))
+    wanted = ", ".join(quantize for quantize in asked if quantize != "none")
+    if not wanted:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         yield Finding(
@@ -252,6 +260,7 @@ def quantizer(config: Config) -> Iterator[Finding]:
 def strategies(config: Config) -> Iterator[Finding]:
     """Broken strategies, all of them; whether the chosen ones are there and take their options."""
     from service.placement import registry
+    from service.placement.chain import steps_among
 
     try:
         found = registry.build(config.deployment.strategy_dirs)
@@ -261,21 +270,19 @@ def strategies(config: Config) -> Iterator[Finding]:
     for broken in found.broken.values():
         yield _failed(broken)
     sound = True
-    origins = config.origins
-    for number, name in enumerate((config.deployment.strategy, *config.deployment.fallback)):
-        key = "strategy" if number == 0 else "fallback"
-        if name in found.broken:
-            sound = False
-            continue
-        try:
-            chosen = found.select(name, origins.get(key, BUILT_IN), key)
-            registry.settle(config.deployment, chosen, origins, first=number == 0)
-        except ConfigError as error:
-            sound = False
-            for problem in error.problems:
-                yield Finding("error", f"{problem.where}: {problem.key}: {problem.message}")
+    steps: tuple[Step, ...] = ()
+    try:
+        steps = steps_among(found, config)
+    except ConfigError as error:
+        sound = False
+        for problem in error.problems:
+            yield Finding("error", f"{problem.where}: {problem.key}: {problem.message}")
+    for step in steps:
+        sound = sound and step.fault is None
+        if step.stage == "options" and step.fault is not None:
+            yield _failed(step.fault)
     if sound:
-        names = ", then ".join((config.deployment.strategy, *config.deployment.fallback))
+        names = ", then ".join(map(str, steps))
         yield Finding("ok", f"strategy {names}; {len(found.strategies)} found")
 
 

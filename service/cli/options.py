@@ -42,7 +42,7 @@ Strategy = Annotated[
     str | None, typer.Option("--strategy", metavar="NAME", help="The placement strategy.")
 ]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", metavar="FORMAT", help="none, nf4, fp4 or int8.")
+    str | None, typer.Option("--quantize", metavar="FORMAT", help="none, nf4, fp4, int8 or int4.")
 ]
 Bind = Annotated[
     str | None, typer.Option("--bind", metavar="ADDRESS", help="HOST:PORT or unix:PATH.")

@@ -1,6 +1,8 @@
 """`moorage plan`: where the model would go, what fits, and what would."""
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
@@ -12,13 +14,16 @@ from service.cli import report
 from service.config import reading
 from service.config.origin import BUILT_IN
 from service.config.schema import Config
+from service.errors import StartupError
 
 if TYPE_CHECKING:
-    from service.placement.explain import Alternative
+    from service.placement.alternatives import Alternative
+    from service.placement.chain import Outlook
     from service.placement.explain import DevicePlan
     from service.placement.explain import PlanReport
     from service.placement.hardware import Hardware
     from service.placement.why import Reason
+    from service.testing.simulation import Simulation
 
 GIB = 2**30
 LONGEST_BAR = 34
@@ -49,9 +54,17 @@ def plan(
             help="Why this module is where it is, and what would move it.",
         ),
     ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Also run the plan on accelerators that are not here (some seconds).",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Say where the model would go, reading no weights. Exit status 4 if it does not fit."""
+    """Say where the model would go, reading no weights. Exit status 4 if it does not fit, 8 if a
+    simulation refutes it."""
     from service.placement import hardware as machines
 
     invented = None
@@ -66,41 +79,87 @@ def plan(
     loaded = reading.load_process(flags)
     report.print_notices(loaded.notices)
     try:
-        made, reason = _explain(loaded, invented, module)
+        made, reason, simulation = _explain(loaded, invented, module, simulate)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--explain") from None
     if as_json:
-        report.print_json(document(made) | _reason_document(reason))
+        simulated = {} if simulation is None else {"simulation": simulated_document(simulation)}
+        report.print_json(document(made) | _reason_document(reason) | simulated)
     else:
         _print(made, loaded)
         _print_reason(reason)
-    if made.error is not None:
-        raise typer.Exit(made.error.exit_status)
+        _print_simulation(made, simulation)
+    failure = made.error or (simulation and simulation.error)
+    if failure:
+        raise typer.Exit(failure.exit_status)
 
 
 def _explain(
-    loaded: Config, invented: "Hardware | None", module: str | None
-) -> "tuple[PlanReport, Reason | None]":
-    """The plan, and the reason for one module's place in it if it fits. Raises ValueError."""
-    from service.models.locate import locate_for_plan
-    from service.placement import registry
+    loaded: Config, invented: "Hardware | None", module: str | None, simulate: bool
+) -> "tuple[PlanReport, Reason | None, Simulation | None]":
+    """The plan, and if it fits the reason for one module's place and what a simulation showed.
 
-    found = registry.build(loaded.deployment.strategy_dirs)
-    origins = loaded.origins
-    chosen = found.select(loaded.deployment.strategy, origins.get("strategy", BUILT_IN))
+    Raises ValueError for a module that the model does not have.
+    """
+    from service.models.locate import locate_for_plan
+    from service.placement.chain import outlook
+    from service.placement.chain import steps
+
+    found, (first, *others) = steps(loaded)
+    chosen = first.strategy
     located = locate_for_plan(loaded)
-    settled = registry.settle(located, chosen, origins)
+    settled = first.settle(located)
 
     from service.placement import hardware as machines
     from service.placement.explain import explain
 
     machine = invented or machines.detect(settled.offload_folder or loaded.cache)
-    made = explain(settled, chosen, machine, found)
-    if module is None or made.placement is None:
-        return made, None
-    from service.placement.why import explain_module
+    try:
+        made = explain(settled, chosen, machine, found)
+    except StartupError:
+        for line in in_order(outlook(others, located, machine)):
+            typer.echo(line, err=True)  # beside the error
+        raise
+    if made.error is not None:
+        made = replace(made, fallback=tuple(outlook(others, located, machine)))
+    reason = simulation = None
+    if module is not None and made.placement is not None:
+        from service.placement.why import explain_module
 
-    return made, explain_module(module, settled, chosen, machine, made.placement)
+        reason = explain_module(module, settled, chosen, machine, made.placement)
+    if simulate:
+        from service.testing import simulation as simulating
+
+        simulation = (
+            simulating.simulate(settled, chosen, made.placement)
+            if made.placement is not None
+            else simulating.Simulation("not simulated", "it does not fit")
+        )
+    return made, reason, simulation
+
+
+def simulated_document(simulation: "Simulation") -> dict[str, Any]:
+    """What a simulation showed, as JSON. `error` is null unless it refuted the plan."""
+    error = simulation.error
+    return {
+        "status": simulation.status,
+        "message": simulation.message or None,
+        "devices": list(simulation.devices),
+        "operators": simulation.operators,
+        "kv": dict(simulation.kv),
+        "left_out": list(simulation.left_out),
+        "seconds": simulation.seconds,
+        "error": None if error is None else error.as_dict(),
+    }
+
+
+def _print_simulation(made: "PlanReport", simulation: "Simulation | None") -> None:
+    if simulation is None:
+        return
+    from service.testing.simulation import sentences
+
+    for line in sentences(simulation, made.placement):
+        typer.echo(line)
 
 
 def _reason_document(reason: "Reason | None") -> dict[str, Any]:
@@ -160,6 +219,7 @@ def document(made: "PlanReport") -> dict[str, Any]:
                     "kv": device.planned.kv,
                     "overhead": device.planned.overhead,
                 },
+                "overhead_parts": dict(device.planned.parts),
                 "left": device.left,
                 "modules": [{"name": name, "count": count} for name, count in device.modules],
             }
@@ -170,6 +230,7 @@ def document(made: "PlanReport") -> dict[str, Any]:
             {"what": a.what, "try": a.flag, "weights": a.weights, "left": list(a.left)}
             for a in made.alternatives
         ],
+        "fallback": [step.as_dict() for step in made.fallback],
         "notes": list(made.notes),
     }
 
@@ -202,10 +263,18 @@ def _print_refusal(made: "PlanReport", loaded: Config) -> None:
     if made.config.on_no_fit == "refuse":
         origin = loaded.origins.get("on_no_fit", BUILT_IN)
         typer.echo(f"  Refused because on_no_fit: refuse ({origin}).")
+    for line in in_order(made.fallback):
+        typer.echo(line)
     if not made.alternatives:
         typer.echo(f"fix: {made.error.hint}" if made.error.hint else "nothing smaller was found")
         return
     typer.echo("\n".join(choices(made.alternatives)))
+
+
+def in_order(fallback: "Sequence[Outlook]") -> list[str]:
+    """What each step of `fallback` would plan, a line each, under a heading; nothing if none."""
+    lines = [f"{number:>3}  {step.line()}" for number, step in enumerate(fallback, 1)]
+    return ["then, as fallback says", *lines] if lines else []
 
 
 def choices(alternatives: "tuple[Alternative, ...]") -> list[str]:

@@ -35,6 +35,22 @@ def check_bind(text: str) -> str:
     return text
 
 
+def check_origin(text: str) -> str:
+    """A web origin unchanged, or "*". Raises ValueError saying what is right."""
+    if text == "*":
+        return text
+    scheme, colon, rest = text.partition("://")
+    host, _, port = rest.rpartition(":") if re.search(r":[0-9]+$", rest) else (rest, "", "80")
+    if not colon or scheme not in ("http", "https") or not _is_host(host) or len(port) > 5:
+        raise ValueError(
+            f"has {text!r}, which is no web origin; write https://app.example, with a port if it "
+            "has one and without a path, or '*'"
+        )
+    if text != text.lower():
+        raise ValueError(f"has {text!r}; write it in lower case, as browsers send it")
+    return text
+
+
 def is_loopback(bind: str) -> bool:
     """Whether only this machine can reach the address: loopback or a Unix socket.
 

@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from service.config.old_names import QUANTIZE_NAMES
 from service.config.schema import DeploymentConfig
+from service.config.schema import FallbackStep
 from service.config.schema import FileConfig
 from service.config.schema import ServerConfig
 from service.config.schema import parse_bytes
@@ -173,6 +174,8 @@ def _right(place: _Place, value: Any) -> str | None:
         return f"text, in quotes: '{describe(value)}'" if number else "text"
     if place.kind is Path:
         return "a path"
+    if place.kind is FallbackStep:
+        return "the name of a strategy, or {strategy: NAME, quantize: nf4}"
     origin = typing.get_origin(place.kind)
     if origin is tuple:
         return "a list, for example [one, two]"
@@ -240,6 +243,8 @@ def _bad_name(key: Key) -> str:
     name = str(key[-1])
     if key[0] == "deployments" and len(key) == 2:
         return "is no usable name; use letters, digits, '.', '_' and '-'"
+    if "key_limits" in key:
+        return "is no name of a key; use up to 64 letters, digits, '.', '_' and '-'"
     valid = "cuda:0, cuda:1, ..., cpu or disk"
     if "keep_free" in key:
         valid = f"cuda, {valid}"

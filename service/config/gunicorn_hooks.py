@@ -34,6 +34,7 @@ from service.config.compute_threads import compute_environment
 from service.config.compute_threads import usable_cores
 from service.config.environment import set_missing
 from service.config.gunicorn_log import be_quiet
+from service.config.gunicorn_log import in_json
 from service.config.gunicorn_log import log_like_gunicorn
 from service.config.gunicorn_record import BootRecord
 from service.config.gunicorn_worker import Worker
@@ -43,6 +44,9 @@ from service.errors import ConfigError
 from service.errors import Problem
 
 Announce = Callable[[Mapping[str, Any]], None]
+
+BODY_FACTOR = 3
+"""Reading a body may take so many times what one read may: 60 s."""
 
 DEATHS_WHILE_LOADING = 2
 """So many workers in a row killed before they were ready end the server."""
@@ -94,6 +98,8 @@ class Hooks:
             refuse_overrides(server.cfg, self._config.server.threads)
             self._record = BootRecord()
             be_quiet(server.log.error_log, self._record)
+            if self._config.server.log_format == "json":
+                in_json(server.log.error_log)
             log_like_gunicorn(server.log.error_log)
         elif new > 1:
             server.log.warning(
@@ -154,6 +160,7 @@ class Hooks:
             raise SystemExit(1)
         worker.config, worker.record = self._config, self._record
         worker.announce, worker.head_seconds = self._announce, self._socket_seconds
+        worker.body_seconds = BODY_FACTOR * self._socket_seconds
         set_missing(compute_environment(usable_cores()))
 
     def post_worker_init(self, worker: Any) -> None:

@@ -1,6 +1,9 @@
-"""What gunicorn logs, less what an operator of Moorage has no use for."""
+"""What gunicorn logs, less what an operator of Moorage has no use for, plain or as JSON."""
 
+import datetime
+import json
 import logging
+from typing import Any
 
 from service.config.gunicorn_record import BootRecord
 
@@ -38,6 +41,34 @@ def be_quiet(log: logging.Logger, record: BootRecord) -> None:
         return True
 
     log.addFilter(keep)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, for gunicorn's own lines and ours alike.
+
+    `extra={"fields": {...}}` of a line are keys of their own; "event" there replaces the text.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        fields: dict[str, Any] = dict(getattr(record, "fields", {}))
+        line: dict[str, Any] = {
+            "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "pid": record.process,
+            "logger": record.name,
+            "message": fields.pop("event", None) or record.getMessage(),
+            **fields,
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def in_json(log: logging.Logger) -> None:
+    """Let every handler of gunicorn's error log write JSON."""
+    for handler in log.handlers:
+        handler.setFormatter(JsonLines())
 
 
 def log_like_gunicorn(log: logging.Logger) -> None:

@@ -12,7 +12,8 @@ What differs from gunicorn 27's ThreadWorker, and why:
   exits with 0.
 - Leaving. The worker ends with os._exit: an ordinary exit waits for every request thread and then
   takes the interpreter apart under the threads of the model.
-- Slow senders. A request's head must be complete within `head_seconds`, however it trickles in.
+- Slow senders. A request's head must be complete within `head_seconds`, however it trickles in,
+  and reading its body may take `body_seconds` in all; under TLS the handshake counts as well.
 - Errors of the HTTP parser are JSON in the one error shape, not HTML.
 
 The main thread runs the poller; every method here runs on it unless its docstring says otherwise.
@@ -39,6 +40,7 @@ from gunicorn.http import wsgi
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER
 from gunicorn.workers.gthread import ThreadWorker
 
+from service.config.timed_body import TimedBody
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         self.exit_status = 0
         self._leave_at: float | None = None
         self._lingering: dict[socket.socket, tuple[float, int]] = {}
-        self._heads: dict[socket.socket, float] = {}
+        self.body_seconds = 60.0
+        self._reading: dict[Any, float] = {}  # connection -> when its reader is woken
 
     def init_process(self) -> None:
         # Module constants of gunicorn, changed in this process only: it has no setting for either.
@@ -199,16 +202,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def handle(self, conn: Any) -> Any:
         """Read and answer one request. A request thread."""
-        sock = conn.sock
-        self._heads[sock] = time.monotonic() + self.head_seconds
+        self._reading[conn] = time.monotonic() + self.head_seconds
         try:
             return super().handle(conn)
         finally:
-            self._heads.pop(sock, None)
+            self._reading.pop(conn, None)
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         """Answer a request whose head has been read. A request thread."""
-        self._heads.pop(conn.sock, None)
+        self._reading.pop(conn, None)
+        req.body = TimedBody(req.body, conn, self._reading, self.body_seconds)
         return super().handle_request(req, conn)
 
     def finish_request(self, conn: Any, fs: Any) -> None:
@@ -225,9 +228,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             if until > now:
                 break  # in the order in which they began
             self._end_linger(sock)
-        for sock, until in list(self._heads.items()):
-            if until <= now and self._heads.pop(sock, None) is not None:
-                _wake_reader(sock)
+        for conn, until in list(self._reading.items()):
+            if until <= now and self._reading.pop(conn, None) is not None:
+                _wake_reader(conn.sock)
 
     def _linger(self, sock: socket.socket) -> None:
         """Say that we are done and wait for the client to close (RFC 9112, 9.6).
@@ -271,9 +274,10 @@ def _deployment(worker: Any) -> Any:
 
 
 def _wake_reader(sock: socket.socket) -> None:
-    """Let the thread that reads from this socket see its end."""
+    """Let the thread that reads from this socket see its end. It can still be written to."""
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RD)
+        # Of the plain socket also under TLS, whose own shutdown would end the encryption.
+        socket.socket.shutdown(sock, socket.SHUT_RD)
 
 
 def write_json_error(sock: Any, status: int, reason: str, message: str) -> None:

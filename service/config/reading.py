@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel
-from pydantic import SecretStr
 
 from service.config import api_keys
 from service.config import checking
@@ -22,6 +21,7 @@ from service.config import paths
 from service.config import text_values
 from service.config import variables
 from service.config.address import is_loopback
+from service.config.api_key import ApiKey
 from service.config.environment import process_environment
 from service.config.file_layers import ConfigFile
 from service.config.flags import Flags
@@ -102,6 +102,8 @@ def load(
     server = _validated(ServerConfig, values, problems)
     deployment = _validated(DeploymentConfig, values, problems)
     cache = _cache(env, values.origins, problems)
+    if deployment is not None:
+        problems += _too_few_kv_tokens(deployment, values.origins)
     if problems or server is None or deployment is None or cache is None:
         raise ConfigError(problems)
 
@@ -114,6 +116,7 @@ def load(
             f"server.bind is {server.bind} ({values.origins['server.bind']}) and there is no API "
             "key: whoever reaches it may use it. Set MOORAGE_API_KEYS or server.api_keys_file."
         )
+    notices += _limits_of_nobody(server, keys, values.origins)
     absolute = None if path is None else path.expanduser().absolute()
     return Config(
         absolute,
@@ -196,6 +199,17 @@ def _validated(model: type[Block], values: Values, problems: list[Problem]) -> B
     return block
 
 
+def _too_few_kv_tokens(
+    deployment: DeploymentConfig, origins: Mapping[str, Origin]
+) -> list[Problem]:
+    """One sequence must be able to use its whole context. Known only once the layers are joined."""
+    tokens, context = deployment.kv_tokens, deployment.max_context
+    if tokens is None or tokens >= context:
+        return []
+    said = f"kv_tokens is {tokens}; give {context} (max_context) or more"
+    return [_at(origins["kv_tokens"], "kv_tokens", said)]
+
+
 def _cache(
     env: Mapping[str, str], origins: dict[str, Origin], problems: list[Problem]
 ) -> Path | None:
@@ -220,7 +234,7 @@ def _about_old_names(
 
 def _api_keys(
     env: Mapping[str, str], server: ServerConfig, origins: dict[str, Origin], notices: list[str]
-) -> tuple[SecretStr, ...]:
+) -> tuple[ApiKey, ...]:
     """The keys; where they came from goes to `origins`. The environment wins, with a notice."""
     file, origin = server.api_keys_file, origins["server.api_keys_file"]
     if text := variables.given(env, "MOORAGE_API_KEYS"):
@@ -234,6 +248,18 @@ def _api_keys(
     keys, more = api_keys.from_file(file, origin)
     notices.extend(more)
     return keys
+
+
+def _limits_of_nobody(
+    server: ServerConfig, keys: Sequence[ApiKey], origins: Mapping[str, Origin]
+) -> list[str]:
+    """A misspelt name in key_limits would leave its key without limits, and nobody would see it."""
+    names = {key.name for key in keys} | ({api_keys.DEFAULT} if keys else set())
+    unused = [name for name in server.key_limits if name not in names]
+    if not unused:
+        return []
+    where = origins["server.key_limits"]
+    return [f"server.key_limits ({where}) has {', '.join(unused)}: no API key has that name."]
 
 
 def _at(origin: Origin, key: str, message: str) -> Problem:

@@ -14,7 +14,9 @@ from service.config import variables
 from service.config.schema import SIZE_SCHEMA
 from service.config.schema import UNITS
 from service.config.schema import DeploymentConfig
+from service.config.schema import FallbackStep
 from service.config.schema import FileConfig
+from service.config.schema import KeyLimits
 from service.config.schema import ServerConfig
 
 INTRODUCTION = """\
@@ -65,6 +67,9 @@ def json_schema() -> dict[str, Any]:
     blocks = schema["properties"]["deployments"]
     for pattern, block in blocks["patternProperties"].items():
         blocks["patternProperties"][pattern] = {"anyOf": [block, {"type": "null"}]}
+    steps = schema["$defs"]["FallbackStep"]["properties"]
+    for key, node in steps.items():  # a key may be left out, but not be null
+        steps[key] = {"description": node["description"], **node.get("anyOf", [node])[0]}
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "moorage.yaml", **schema}
 
 
@@ -77,8 +82,17 @@ def markdown() -> str:
             *_rows(("Key", "Value", "Meaning"), _top_level()),
             "\n## server\n",
             *_rows(COLUMNS, _keys(ServerConfig)),
+            "\n## An entry of server.key_limits\n",
+            "The key is the name of an API key, or `default` for keys without an entry. What is "
+            "left out is not limited.\n",
+            *_rows(("Key", "Value", "Meaning"), _parts(KeyLimits)),
             "\n## defaults and deployments.NAME\n",
             *_rows(COLUMNS, _keys(DeploymentConfig)),
+            "\n## A step of fallback\n",
+            "The name of a strategy, or a mapping with these keys. What it says wins over the "
+            "deployment and its\nvariables and flags, for this attempt only; what it leaves out is "
+            "as in the deployment.\n",
+            *_rows(("Key", "Value", "Meaning"), _parts(FallbackStep)),
             f"\nA size is a whole number of bytes, or a number with one of {', '.join(UNITS)}.\n",
             "## Other variables\n",
             *_rows(("Variable", "Meaning"), [(f"`{k}`", v) for k, v in variables.OWN.items()]),
@@ -92,6 +106,12 @@ def markdown() -> str:
 
 def _top_level() -> list[tuple[str, ...]]:
     properties = FileConfig.model_json_schema()["properties"]
+    return [(f"`{key}`", _value(node), node["description"]) for key, node in properties.items()]
+
+
+def _parts(model: type[BaseModel]) -> list[tuple[str, ...]]:
+    """The keys of a mapping inside a block, which have no variables."""
+    properties = model.model_json_schema()["properties"]
     return [(f"`{key}`", _value(node), node["description"]) for key, node in properties.items()]
 
 

@@ -18,11 +18,15 @@ from pydantic import BaseModel
 from pydantic import BeforeValidator
 from pydantic import ConfigDict
 from pydantic import Field
-from pydantic import SecretStr
 from pydantic import StringConstraints
 from pydantic import WithJsonSchema
+from pydantic import field_validator
+from pydantic import model_serializer
 
 from service.config.address import check_bind
+from service.config.address import check_origin
+from service.config.api_key import ApiKey
+from service.config.api_key import KeyName
 from service.config.origin import Origin
 
 UNITS = {
@@ -72,6 +76,7 @@ def check_path(value: Any) -> Any:
 
 FilePath = Annotated[Path, BeforeValidator(check_path)]
 Bind = Annotated[str, AfterValidator(check_bind)]
+WebOrigin = Annotated[str, AfterValidator(check_origin)]
 DeploymentName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
 ]
@@ -79,7 +84,7 @@ DeviceName = Annotated[str, StringConstraints(pattern=r"^(cuda:(0|[1-9][0-9]{0,2
 DeviceOrKind = Annotated[
     str, StringConstraints(pattern=r"^(cuda(:(0|[1-9][0-9]{0,2}))?|cpu|disk)$")
 ]
-Quantize = Literal["none", "nf4", "fp4", "int8"]
+Quantize = Literal["none", "nf4", "fp4", "int8", "int4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 OnNoFit = Literal["refuse", "offload-cpu", "offload-disk"]
 OnDrift = Literal["stop", "reload"]
@@ -88,6 +93,18 @@ OnDrift = Literal["stop", "reload"]
 class _Frozen(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class KeyLimits(_Frozen):
+    """One entry of `server.key_limits`: what requests with one key may take. None is no limit."""
+
+    concurrent: int | None = Field(None, ge=1, le=1_000_000, description="Requests open at once.")
+    tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="Tokens of prompts and answers together; as many may be used in one burst.",
     )
 
 
@@ -108,7 +125,22 @@ class ServerConfig(_Frozen):
         description="Sequences that may wait; beyond this 429 with Retry-After.",
     )
     api_keys_file: FilePath | None = Field(
-        None, description="File with one API key a line. A key in moorage.yaml is an error."
+        None,
+        description="File with one API key a line, `KEY` or `NAME: KEY`; read again when it "
+        "changes. A key in moorage.yaml is an error.",
+    )
+    key_limits: Mapping[KeyName, KeyLimits] = Field(
+        default_factory=dict,
+        description="Limits for each API key by its name; those of `default` are for keys without "
+        "an entry, for example {default: {concurrent: 8}, batch: {tokens_per_minute: 100000}}.",
+    )
+    cors_origins: tuple[WebOrigin, ...] = Field(
+        (),
+        description="Web pages that may use this server from a browser: https://app.example, "
+        "or '*' for every page. None by default.",
+    )
+    log_format: Literal["plain", "json"] = Field(
+        "plain", description="Lines of the log, those of requests included."
     )
     max_body: Bytes = Field(4 * 2**20, description="Largest request body.")
     request_timeout_s: float = Field(
@@ -122,6 +154,50 @@ class ServerConfig(_Frozen):
         description="Request fields that nobody specifies: "
         "named in x-moorage-ignored, or refused with 400.",
     )
+
+
+class FallbackStep(_Frozen):
+    """One entry of `fallback`: a strategy, and what is different from the deployment with it.
+
+    What it does not say is None here, and as in the deployment there.
+    """
+
+    strategy: str = Field(min_length=1, description="The strategy to try.")
+    quantize: Quantize | None = Field(None, description="Weight format of this attempt.")
+    max_context: int | None = Field(None, ge=1, description="Tokens of one sequence.")
+    max_sequences: int | None = Field(
+        None, ge=1, le=65_536, description="Sequences that run at once."
+    )
+    on_no_fit: OnNoFit | None = Field(
+        None, description="What to do when the devices are too small for it."
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _said(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("is empty; give a value or leave it out")
+        return value
+
+    @model_serializer
+    def _plain(self) -> str | dict[str, Any]:
+        return {"strategy": self.strategy, **self.changes} if self.changes else self.strategy
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it says beside the strategy, by the deployment's keys."""
+        said = {key: getattr(self, key) for key in type(self).model_fields if key != "strategy"}
+        return {key: value for key, value in said.items() if value is not None}
+
+
+def named_step(value: Any) -> Any:
+    """The name of a strategy alone becomes an entry of `fallback`; the rest is unchanged."""
+    return {"strategy": value} if isinstance(value, str) else value
+
+
+Step = Annotated[
+    FallbackStep, BeforeValidator(named_step, json_schema_input_type=str | FallbackStep)
+]
 
 
 class DeploymentConfig(_Frozen):
@@ -143,12 +219,16 @@ class DeploymentConfig(_Frozen):
         default_factory=dict,
         description="Options of the strategy, checked by the strategy's own model.",
     )
-    fallback: tuple[str, ...] = Field(
+    fallback: tuple[Step, ...] = Field(
         (),
-        description="Strategies tried in order when the first cannot be planned, loaded or proven.",
+        description="Tried in order, each in a clean state, when `strategy` cannot be planned, "
+        "loaded, proven or started: names of strategies, or steps with values of their own, "
+        "for example [{strategy: auto-shard, quantize: nf4}, cpu].",
     )
     quantize: Quantize = Field(
-        "none", description="Weight format: bitsandbytes nf4, fp4 (4-bit) or int8."
+        "none",
+        description="Weight format: bitsandbytes nf4, fp4 (4-bit) or int8; "
+        "under strategy cpu int8 and int4 are formats of its own.",
     )
     dtype: Dtype = Field(
         "auto",
@@ -163,7 +243,14 @@ class DeploymentConfig(_Frozen):
         ge=1,
         le=65_536,
         description="Sequences that run at once. "
-        "KV is reserved for max_context x max_sequences tokens.",
+        "KV is reserved for max_context x max_sequences tokens, or for kv_tokens.",
+    )
+    kv_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of KV cache for all sequences together, max_context or more: less than "
+        "max_context x max_sequences when sequences seldom use their whole context. On the CPU "
+        "only whole contexts count: kv_tokens // max_context sequences run at once.",
     )
     on_no_fit: OnNoFit = Field("refuse", description="What to do when the devices are too small.")
     offload_folder: FilePath | None = Field(
@@ -251,4 +338,4 @@ class Config:
     notices: tuple[str, ...] = ()
     deployments: tuple[str, ...] = ()
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "moorage")
-    api_keys: tuple[SecretStr, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()

@@ -10,7 +10,7 @@ server:
   bind: 127.0.0.1:8000          # 0.0.0.0:8000 for every interface; then set API keys
   # threads: 64                 # open requests; one process owns the model
   # max_queue: 256              # sequences that may wait; beyond: 429 with Retry-After
-  # api_keys_file: secrets/keys # one key a line; or env MOORAGE_API_KEYS. Never a key in this file
+  # api_keys_file: secrets/keys # NAME: KEY a line, or env MOORAGE_API_KEYS; never a key here
 
 defaults:                       # every deployment starts from these
   max_context: 4096             # tokens of one sequence, prompt and answer together
@@ -25,7 +25,8 @@ deployments:
   # gpu:
   #   model: meta-llama/Llama-3.2-3B-Instruct
   #   strategy: single-gpu
-  #   quantize: nf4             # none | nf4 | fp4 | int8
+  #   quantize: nf4             # none | nf4 | fp4 | int8 | int4 (cpu)
   #   keep_free: {cuda: 1GiB}
-  #   fallback: [auto-shard, cpu]   # tried in order, each in a clean state, each proven
+  #   # tried in order, each in a clean state, each proven; a step may differ from the deployment
+  #   fallback: [{strategy: single-gpu, max_context: 2048}, auto-shard, cpu]
 """

@@ -16,7 +16,8 @@ PREFIX = "MOORAGE_"
 OWN = {
     "MOORAGE_CONFIG": "The config file. Default: `./moorage.yaml` if it is there.",
     "MOORAGE_DEPLOYMENT": "Which block of `deployments` runs.",
-    "MOORAGE_API_KEYS": "API keys, separated by commas. They win over `server.api_keys_file`.",
+    "MOORAGE_API_KEYS": "API keys, `KEY` or `NAME: KEY`, separated by commas. "
+    "They win over `server.api_keys_file`.",
     "MOORAGE_CACHE": "Folder for fetched models. "
     "Default: `$XDG_CACHE_HOME/moorage`, else `~/.cache/moorage`.",
     "MOORAGE_DEBUG": "Any value: commands show the traceback of an unexpected error.",

@@ -10,26 +10,28 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.engine.pace import Pace
+from service.engine.params import SamplingParams
+from service.engine.params import check_prompt
+from service.engine.scheduler import Batch
+from service.engine.scheduler import Piece
 from service.engine.scheduler import Scheduler
-from service.engine.scheduler import Work
-from service.engine.sequence import SamplingParams
 from service.engine.sequence import Sequence
 from service.engine.sequence import Stream
-from service.errors import ContextTooLong
+from service.engine.slots import Slots
+from service.engine.stats import EngineStats
 from service.errors import EngineStopped
-from service.errors import InvalidRequest
 from service.errors import NonFiniteLogits
 from service.errors import PlacementDrifted
-from service.errors import RequestError
 from service.errors import ServiceError
 from service.errors import StepFailed
 
 if TYPE_CHECKING:
+    from service.engine.choosing import Chosen
+    from service.engine.runner import Result
     from service.engine.runner import Runner
-    from service.engine.sampling import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +44,8 @@ Look = Callable[[bool], PlacementDrifted | None]
 FAILURES_BEFORE_TRIAL = 3
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts at one moment.
-
-    running, waiting: sequences. steps, tokens: forwards run and tokens chosen since the start.
-    kv_tokens: tokens held in KV caches. failed: sequences that ended because their step failed.
-    """
-
-    running: int
-    waiting: int
-    steps: int
-    tokens: int
-    kv_tokens: int
-    failed: int
+# Memory of an engine that has not been started.
+NOWHERE = Slots(0, 0, share=False)
 
 
 class Engine:
@@ -65,30 +55,27 @@ class Engine:
         self,
         runner: "Runner",
         *,
-        max_sequences: int,
         max_queue: int,
-        chunk_tokens: int = 512,
         on_death: Callable[[BaseException], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing runs before `start`.
+        """Nothing runs before `start`. The runner says how many sequences run at once.
 
-        max_sequences: run at once. max_queue: may wait beyond those. chunk_tokens: of a prompt, in
-        one step; a cancel or a deadline is seen between chunks. on_death: called once, on the
-        engine thread, if that thread dies of an error or ends because the model changed, after the
-        start; by then every stream has ended. clock: seconds, the clock of the deadlines.
+        max_queue: may wait beyond those. on_death: called once, on the engine thread, if that
+        thread dies of an error or ends because the model changed, after the start; by then every
+        stream has ended. clock: seconds, the clock of the deadlines.
         """
         self._runner = runner
-        self._scheduler = Scheduler(
-            max_sequences=max_sequences, max_queue=max_queue, chunk_tokens=chunk_tokens
-        )
+        self._max_queue = max_queue
         self._on_death = on_death
         self._clock = clock
         self._ids = itertools.count()
         self._failures_in_a_row = 0  # engine thread only
         self._look: Look = lambda thorough: None
-        # Guards everything below and the scheduler. Never held while the model runs.
+        # Guards everything below, the scheduler and its memory. Never held while the model runs.
         self._changed = threading.Condition()
+        self._scheduler = Scheduler(NOWHERE, max_sequences=1, max_queue=0, step_tokens=1)
+        self._pace = Pace(least=1, most=1)
         self._thread: threading.Thread | None = None
         self._ready = False
         self._refusal: str | None = "The engine has not been started."
@@ -96,8 +83,8 @@ class Engine:
         self._death: BaseException | None = None
         self._steps = 0
         self._tokens = 0
+        self._prompt_tokens = 0
         self._failed = 0
-        self._step_s = 0.0
         self._look_wanted = False
         self._looks = 0
 
@@ -106,10 +93,29 @@ class Engine:
         """Whether the engine thread is up and serving; stays True while draining."""
         return self._ready and self._death is None and not self._closing
 
+    @property
+    def path(self) -> str:
+        """How batches are run: "ragged" or "plain". After `start`."""
+        return self._runner.path.name
+
+    def describe(self) -> dict[str, object]:
+        """The `engine` object of GET /placement; all null before `start` and after the end.
+
+        path: "ragged" or "plain". why: what keeps it from the ragged path, or "". graphs: whether
+        decode steps are replayed as CUDA graphs. kv_reserved: device -> bytes of KV allocated.
+        """
+        found = self._runner.way
+        return {
+            "path": found and found.name,
+            "why": found and found.why,
+            "graphs": found and found.graphs is not None,
+            "kv_reserved": found and dict(found.kv_bytes),
+        }
+
     def start(self) -> None:
         """Start the thread and return when it has generated one token through the real path.
 
-        Raises what `Runner.warm_up` raised, EngineStopped if closed meanwhile, and RuntimeError if
+        Raises what `Runner.open` raised, EngineStopped if closed meanwhile, and RuntimeError if
         it was started or closed before.
         """
         with self._changed:
@@ -124,24 +130,60 @@ class Engine:
                 raise EngineStopped("The engine was closed while it started.")
 
     def submit(
-        self, ids: Ids[int], params: SamplingParams, deadline: float | None = None
+        self,
+        ids: Ids[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        owner: str = "",
     ) -> Stream:
-        """Queue a prompt and return the stream of its answer.
+        """Queue a prompt and return the stream of its answer; see `submit_all`."""
+        return self.submit_all([(ids, params)], deadline, owner=owner)[0]
 
-        ids: token ids, at least one. deadline: on the engine's clock (`time.monotonic`), or None.
-        Raises InvalidRequest (empty prompt, id outside the vocabulary, max_tokens below 1),
+    def submit_all(
+        self,
+        prompts: Ids[tuple[Ids[int], SamplingParams]],
+        deadline: float | None = None,
+        *,
+        owner: str = "",
+    ) -> list[Stream]:
+        """Queue prompts, all or none, and return the streams of their answers.
+
+        prompts: token ids, at least one each, and how to continue them. A prompt that occurs again
+        is computed once (`n` answers to one question). deadline: on the engine's clock
+        (`time.monotonic`), or None. owner: who asks; owners take turns when there is a queue.
+        Raises InvalidRequest (empty prompt, id outside the vocabulary, a parameter out of range),
         ContextTooLong, Overloaded with `retry_after_s`, or EngineStopped if it takes no prompts.
         """
-        prompt = tuple(ids)
-        self._check(prompt, params)
-        stream = Stream(len(prompt))
+        sequences: list[Sequence] = []
+        leaders: dict[tuple[int, ...], Sequence] = {}
+        for ids, params in prompts:
+            prompt = tuple(ids)
+            check_prompt(
+                prompt,
+                params,
+                vocabulary=self._runner.vocabulary,
+                capacity=self._runner.capacity,
+            )
+            leader = leaders.get(prompt)
+            sequence = Sequence(
+                next(self._ids),
+                prompt,
+                params,
+                Stream(len(prompt)),
+                deadline,
+                owner,
+                leader,
+                number=sum(other.prompt == prompt for other in sequences),
+            )
+            leaders.setdefault(prompt, sequence)
+            sequences.append(sequence)
         with self._changed:
             if self._refusal is not None:
                 raise EngineStopped(self._refusal)
-            sequence = Sequence(next(self._ids), prompt, params, stream, deadline)
-            self._scheduler.add(sequence, step_s=self._step_s)
+            self._scheduler.add(tuple(sequences), step_s=self._pace.step_s)
             self._changed.notify_all()
-        return stream
+        return [sequence.stream for sequence in sequences]
 
     def look_with(self, look: Look) -> None:
         """Have `look` called on the engine thread, between steps, where nothing moves.
@@ -173,8 +215,11 @@ class Engine:
                 waiting=self._scheduler.waiting,
                 steps=self._steps,
                 tokens=self._tokens,
-                kv_tokens=self._runner.kv_tokens,
+                kv_tokens=self._scheduler.memory.used_tokens,
                 failed=self._failed,
+                prompt_tokens=self._prompt_tokens,
+                prefix_tokens=self._scheduler.memory.prefix_tokens,
+                preemptions=self._scheduler.preemptions,
             )
 
     def drain(self, timeout_s: float) -> bool:
@@ -212,30 +257,6 @@ class Engine:
 
     # --- any thread
 
-    def _check(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
-        if not prompt:
-            raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
-        if params.max_tokens < 1:
-            raise InvalidRequest(
-                f"max_tokens is {params.max_tokens}; give 1 or more.", param="max_tokens"
-            )
-        capacity = self._runner.capacity
-        total = len(prompt) + params.max_tokens
-        if total > capacity:
-            raise ContextTooLong(
-                f"This model's maximum context length is {capacity} tokens. However, you requested "
-                f"{total} tokens ({len(prompt)} in the prompt, {params.max_tokens} in the "
-                "completion). Please reduce the length of the prompt or completion."
-            )
-        vocabulary = self._runner.vocabulary
-        for position, token in enumerate(prompt):
-            if type(token) is not int or not 0 <= token < vocabulary:
-                raise InvalidRequest(
-                    f"Token {token!r} at position {position} of the prompt is not one of this "
-                    f"model's ids, which are whole numbers from 0 to {vocabulary - 1}.",
-                    param="prompt",
-                )
-
     def _end_all(self, error: ServiceError) -> None:
         """End all streams now; the engine thread frees their memory when it can. Lock held."""
         for sequence in self._scheduler.end_all(error):
@@ -245,8 +266,17 @@ class Engine:
 
     def _live(self) -> None:
         try:
-            self._runner.warm_up()
+            self._runner.open()
+            step_tokens = self._runner.path.step_tokens
             with self._changed:
+                self._scheduler = Scheduler(
+                    self._runner.path.memory,
+                    max_sequences=self._runner.max_sequences,
+                    max_queue=self._max_queue,
+                    step_tokens=step_tokens,
+                    score_tokens=self._runner.path.score_tokens,
+                )
+                self._pace = Pace(least=max(1, step_tokens // 16), most=step_tokens)
                 self._ready = True
                 if not self._closing:
                     self._refusal = None
@@ -259,7 +289,7 @@ class Engine:
             self._runner.release()
 
     def _turn(self) -> bool:
-        """Wait for work and do one step of it. Returns False when the engine is to end."""
+        """Wait for work and do the next steps. Returns False when the engine is to end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closing or self._look_wanted or self._scheduler.has_work
@@ -267,11 +297,13 @@ class Engine:
             look = self._look_wanted and not self._closing
         if look:
             self._inspect(thorough=False)
+        batch: Batch | None = None
         with self._changed:
-            work = None if self._closing else self._scheduler.next_work(self._clock())
+            if not self._closing:
+                batch = self._scheduler.next_batch(self._clock(), self._pace.prefill_tokens)
         self._release_ended()
-        if work is not None:
-            self._step(work)
+        if batch is not None:
+            self._run(batch)
         return not self._closing
 
     def _inspect(self, *, thorough: bool) -> None:
@@ -289,45 +321,67 @@ class Engine:
         if drift is not None:
             raise drift
 
-    def _step(self, work: Work) -> None:
-        """Run one step, deliver its token, and end the sequence if this was its last."""
-        token: int | None = None
-        error: ServiceError | None = None
+    def _run(self, batch: Batch) -> None:
+        """Run a batch, and those that follow from it before its tokens are known.
+
+        A device that computes one step while the next is being prepared never waits for this
+        thread.
+        """
         began = self._clock()
-        try:
-            logits = self._runner.step(work.sequence.id, work.ids, work.start)
-            if work.samples:
-                token = _sampler(work.sequence).choose(logits)
-            self._failures_in_a_row = 0
-        except RequestError as known:
-            error = known
-        except Exception:  # model and strategy may raise anything: it fails this sequence only
-            log.exception("a step of sequence %d failed", work.sequence.id)
-            error = StepFailed("The model failed on this request. The server's log says why.")
-            self._failures_in_a_row += 1
-        if isinstance(error, (StepFailed, NonFiniteLogits)):
+        launched = self._runner.launch(batch)
+        while True:
+            following = self._following(batch) if launched.leads else None
+            after = None if following is None else self._runner.launch(following, launched)
+            results = self._runner.collect(launched)
+            ended = self._clock()
+            self._judge(results)
+            self._record(batch, results, took_s=ended - began)
+            if following is None or after is None:
+                return
+            batch, launched, began = following, after, ended
+
+    def _following(self, batch: Batch) -> Batch | None:
+        with self._changed:
+            if self._closing or self._look_wanted:
+                return None
+            return self._scheduler.batch_after(batch, self._clock())
+
+    def _judge(self, results: "list[tuple[Piece, Result]]") -> None:
+        """After failures look at the model, and after several in a row try it."""
+        errors = [result for _, result in results if isinstance(result, ServiceError)]
+        if any(isinstance(error, (StepFailed, NonFiniteLogits)) for error in errors):
             self._inspect(thorough=True)
-        self._record(work, token, error, took_s=self._clock() - began)
+        if len(errors) < len(results):
+            self._failures_in_a_row = 0
+        elif any(isinstance(error, StepFailed) for error in errors):
+            self._failures_in_a_row += 1
         if self._failures_in_a_row >= FAILURES_BEFORE_TRIAL:
-            self._runner.warm_up()  # raises if the model is broken, which ends this thread
+            self._runner.try_out()  # raises if the model is broken, which ends this thread
             self._failures_in_a_row = 0
 
     def _record(
-        self, work: Work, token: int | None, error: ServiceError | None, *, took_s: float
+        self, batch: Batch, results: "list[tuple[Piece, Result]]", *, took_s: float
     ) -> None:
-        deliver = False
+        """Note what a step gave, deliver its tokens, and end the sequences that are through."""
+        deliver: list[tuple[Stream, Chosen]] = []
         with self._changed:
             self._steps += 1
-            # A running mean over about ten steps, for Retry-After.
-            self._step_s += (took_s - self._step_s) * (0.1 if self._step_s else 1.0)
-            if error is not None:
-                self._failed += 1
-                self._scheduler.end(work.sequence, error)
-            else:
+            prompt_tokens = batch.tokens - len(batch.decodes)
+            self._prompt_tokens += prompt_tokens
+            self._pace.note(len(batch.decodes), prompt_tokens, took_s)
+            for piece, result in results:
+                if isinstance(result, ServiceError):
+                    self._failed += piece.sequence.outcome is None
+                    self._scheduler.end(piece.sequence, result)
+                    continue
+                token = None if result is None else result.token
+                if self._scheduler.record(piece, token) and result is not None:
+                    deliver.append((piece.sequence.stream, result))
+                elif result is not None and piece.sequence.outcome == "stop":
+                    piece.sequence.stream.ending = result
                 self._tokens += token is not None
-                deliver = self._scheduler.record(work, token)
-        if deliver and token is not None:
-            work.sequence.stream.put(token)
+        for stream, chosen in deliver:
+            stream.put(chosen.token, None if chosen.logprob is None else chosen)
         self._release_ended()
 
     def _release_ended(self) -> None:
@@ -338,10 +392,7 @@ class Engine:
                 if sequence is None:
                     self._changed.notify_all()  # somebody may be draining
                     return
-            try:
-                self._runner.free(sequence.id)
-            finally:
-                sequence.close_stream()
+            sequence.close_stream()
 
     def _die(self, error: BaseException) -> None:
         with self._changed:
@@ -359,12 +410,3 @@ class Engine:
             log.critical("the engine thread died", exc_info=error)
         if self._on_death is not None:
             self._on_death(error)
-
-
-def _sampler(sequence: Sequence) -> "Sampler":
-    """The sequence's sampler, made at its first token. Late import: no torch in this module."""
-    if sequence.sampler is None:
-        from service.engine.sampling import Sampler
-
-        sequence.sampler = Sampler(sequence.params)
-    return sequence.sampler

@@ -1,132 +1,333 @@
-"""Owns the model and every sequence's KV cache; inputs are placed once a step.
+"""Owns the model: finds the path its batches take, runs them, and chooses tokens.
 
-A step is one forward of one sequence. The model is untouched: whatever transformers decoder it is,
-with whatever hooks its placement put on it, it gets token ids and a cache.
+The model is untouched: whatever transformers model it is, with whatever hooks its placement put on
+it, it gets token ids and positions.
 """
 
-import inspect
+import logging
 import threading
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from transformers import DynamicCache
 
-from service.engine.sampling import check_finite
+from service.engine import choosing
+from service.engine import proof
+from service.engine import ragged
+from service.engine.attention import Layer
+from service.engine.attention import NotCarried
+from service.engine.choosing import Chosen
+from service.engine.page_cache import Budget
+from service.engine.page_cache import PageCache
+from service.engine.page_cache import capturable
+from service.engine.pages import Pages
+from service.engine.params import SamplingParams
+from service.engine.plain import ANSWER
+from service.engine.plain import Plain
+from service.engine.ragged import Ragged
+from service.engine.rules import Rules
+from service.engine.scheduler import Batch
+from service.engine.scheduler import Memory
+from service.engine.scheduler import Piece
+from service.engine.sequence import Sequence
+from service.engine.sequence import Stream
+from service.engine.slot_cache import SlotCache
+from service.engine.slots import Slots
+from service.engine.state import State
 from service.errors import LoadFailed
 from service.errors import NonFiniteLogits
+from service.errors import RequestError
 from service.errors import ServiceError
+from service.errors import StepFailed
+from service.placement import architectures
+from service.placement import kv
 from service.placement.inputs import PlaceInputs
-from service.placement.inputs import place
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
-_WARM_UP_ID = -1  # the engine counts from 0
+    from service.engine.graphs import Graphs
+
+log = logging.getLogger(__name__)
+
+# what a step gave for one piece: a token, nothing (a prompt's first pieces), or why it failed
+Result = Chosen | ServiceError | None
 
 
-@dataclass
-class _Cache:
-    layers: DynamicCache
-    tokens: int = 0
+@dataclass(frozen=True)
+class Launched:
+    """A step under way. pending: its tokens, where it was begun before `collect`.
+
+    leads: the next one can be launched before this one is collected.
+    """
+
+    batch: Batch
+    pending: choosing.Pending | None = None
+    leads: bool = False
+
+
+class Path(Protocol):
+    """One way to run a batch: `Ragged` or `Plain`.
+
+    why: what keeps the model from the fast path, or "". together: whether a batch that failed can
+    be run again, after `undo`. score_tokens: most in one step of prompts whose logprobs are
+    wanted; 0: none can be had. `logits` scores those as well.
+    """
+
+    name: str
+    why: str
+    together: bool
+    memory: Memory
+    step_tokens: int
+    score_tokens: int
+    graphs: "Graphs | None"
+
+    @property
+    def kv_bytes(self) -> dict[str, int]: ...
+    def logits(self, batch: Batch) -> tuple[tuple[Piece, ...], torch.Tensor]: ...
+    def undo(self) -> None: ...
+    def release(self) -> None: ...
 
 
 class Runner:
-    """One model, run by one thread: the first that runs a step, for as long as the runner lives.
+    """One model, run by one thread: the first that opens or steps it.
 
     vocabulary: token ids are below it. capacity: tokens of one sequence, prompt and answer
-    together; `max_context`, or the model's own limit where that is lower. kv_tokens: tokens now
-    held in KV caches (any thread may read it).
+    together; `max_context`, or the model's own limit where that is lower.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", place_inputs: PlaceInputs, *, max_context: int
+        self,
+        model: "PreTrainedModel",
+        place_inputs: PlaceInputs,
+        *,
+        max_context: int,
+        max_sequences: int = 8,
+        kv_tokens: int | None = None,
+        step_tokens: int | None = None,
+        paged: bool = False,
     ) -> None:
-        """model: a decoder in eval mode, placed and proven. Raises LoadFailed for another kind."""
-        _refuse_unless_decoder(model)
+        """model: in eval mode, placed and proven. Raises LoadFailed if it cannot generate.
+
+        kv_tokens: tokens of keys and values kept in all; None: max_context x max_sequences.
+        step_tokens: most in one step; None: what suits the device. paged: keep pages on a CPU too,
+        as on CUDA; slower there.
+        """
+        if not model.can_generate():
+            raise LoadFailed(
+                f"{type(model).__name__} is not a language model",
+                hint="return the model with its head from `load`, such as AutoModelForCausalLM's",
+            )
         config = model.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = architectures.context_limit(model.config)
         self.vocabulary: int = config.vocab_size
         # Beyond its limit a model with learned positions reads outside its table, which on CUDA
         # ends the process.
-        self.capacity = min(max_context, limit) if isinstance(limit, int) else max_context
-        self.kv_tokens = 0
+        self.capacity = min(max_context, limit or max_context)
+        self.max_sequences = max_sequences
+        self._kv_tokens = kv_tokens or self.capacity * max_sequences
+        self._step_tokens = step_tokens
+        self._paged = paged
         self._model: PreTrainedModel | None = model
         self._place_inputs = place_inputs
-        self._caches: dict[int, _Cache] = {}
+        self._path: Path | None = None
         self._thread: threading.Thread | None = None
-        takes = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
-    def step(self, sequence_id: int, ids: Ids[int], start: int) -> torch.Tensor:
-        """Show the model `ids`, the tokens of a sequence from `start` on; return the last's logits.
+    @property
+    def path(self) -> Path:
+        """How batches are run. Raises RuntimeError before `open` and after `release`."""
+        if self._path is None:
+            raise RuntimeError("this runner is not open")
+        return self._path
 
-        Returns float32 [vocabulary] on the CPU. The cache of a sequence begins with its first step
-        and lasts until `free`. After a step that raised, free the sequence: its cache may be half
-        written. Raises PluginError if `place_inputs` breaks its contract, RuntimeError if called
-        from a second thread or out of order, and whatever the model's forward raises.
-        """
-        self._claim_thread()
-        model = self._model
-        if model is None:
-            raise RuntimeError("the model of this runner was released")
-        cache = self._caches.get(sequence_id)
-        if cache is None:
-            cache = self._caches[sequence_id] = _Cache(DynamicCache(config=model.config))
-        if cache.tokens != start:
-            raise RuntimeError(
-                f"sequence {sequence_id}: step at {start}, but its cache has {cache.tokens} tokens"
-            )
-        with torch.inference_mode():
-            inputs = {"input_ids": torch.tensor([ids], dtype=torch.int64)}
-            output = model(
-                **place(self._place_inputs, model, inputs),
-                past_key_values=cache.layers,
-                use_cache=True,
-                return_dict=True,
-                **self._last_only,
-            )
-            logits: torch.Tensor = output.logits[0, -1].float().cpu()
-        cache.tokens += len(ids)
-        self.kv_tokens += len(ids)
-        return logits
+    @property
+    def way(self) -> Path | None:
+        """The path, or None before `open` and after `release`. Any thread."""
+        return self._path
 
-    def free(self, sequence_id: int) -> None:
-        """Drop the KV cache of a sequence; does nothing if it has none. Same thread as `step`."""
-        self._claim_thread()
-        cache = self._caches.pop(sequence_id, None)
-        if cache is not None:
-            self.kv_tokens -= cache.tokens
-
-    def release(self) -> None:
-        """Let go of the model and of every KV cache: nothing is run after this. Engine thread."""
-        self._model = None
-        self._caches.clear()
-        self.kv_tokens = 0
-
-    def warm_up(self) -> None:
-        """Generate one token and read it back, through the same path as every request.
+    def open(self) -> None:
+        """Find the path, reserve the cache, and generate a token through the way of every request.
 
         Raises PluginError or LoadFailed, naming what is wrong, so that nothing is served that
         cannot run.
         """
+        self._claim_thread()
         try:
-            logits = self.step(_WARM_UP_ID, [0], 0)
-            check_finite(logits)
-            token = min(int(logits.argmax()), self.vocabulary - 1)
-            if self.capacity > 1:
-                check_finite(self.step(_WARM_UP_ID, [token], 1))
-        except NonFiniteLogits as error:
-            raise LoadFailed(f"The first token could not be generated: {error.message}") from error
+            with torch.inference_mode():
+                self._path = self._find_path()
+            if self._path.why:
+                log.warning("the plain engine path is used: %s", self._path.why)
+            self.try_out()
         except ServiceError:
             raise
         except Exception as error:  # the model may raise anything; at start it all means the same
             raise LoadFailed(
                 f"The first token could not be generated: {type(error).__name__}: {error}"
             ) from error
+
+    def try_out(self) -> None:
+        """Generate two tokens and read them back. Raises LoadFailed or PluginError."""
+        self._claim_thread()
+        memory = self.path.memory
+        params = SamplingParams(max_tokens=min(2, self.capacity), temperature=0.0)
+        sequence = Sequence(-1, (0,), params, Stream(1), choice=State(params))
+        if not memory.admit(sequence):
+            return  # sequences are running: they are the trial
+        try:
+            ids = (0,)
+            for start in range(params.max_tokens):
+                memory.grow(sequence, start + 1)
+                piece = Piece(sequence, ids, start, samples=True)
+                batch = Batch((piece,), ()) if start else Batch((), (piece,))
+                result = self._run(batch)[0][1]
+                if isinstance(result, ServiceError):
+                    raise result
+                if result is not None:
+                    ids = (result.token,)
+                sequence.computed = start + 1
+        except NonFiniteLogits as error:
+            raise LoadFailed(f"The first token could not be generated: {error.message}") from error
         finally:
-            self.free(_WARM_UP_ID)
+            memory.free(sequence, failed=True)
+
+    def launch(self, batch: Batch, after: "Launched | None" = None) -> "Launched":
+        """Begin a step; `collect` finishes it. Engine thread only.
+
+        after: the step before, if it has not been collected: its tokens are this one's inputs.
+        """
+        self._claim_thread()
+        graphs = self.path.graphs
+        if graphs is None or batch.prefills or len(batch.decodes) > graphs.most:
+            return Launched(batch)
+        try:
+            states = [_state(piece.sequence) for piece in batch.decodes]
+            with torch.inference_mode():
+                replayed = graphs.replay(batch)
+                pending = choosing.launch(replayed.logits, states, replayed.likeliest)
+        except Exception:  # `collect` runs the batch again and finds whose fault it is
+            log.warning("a captured step could not be launched", exc_info=True)
+            return Launched(batch)
+        return Launched(batch, pending, choosing.greedy_only(states))
+
+    def collect(self, launched: "Launched") -> list[tuple[Piece, Result]]:
+        """Finish a step: what it gave for every piece. Engine thread only.
+
+        Never raises for what one sequence did: a batch that fails is run again in halves until the
+        guilty one is found, and only that fails.
+        """
+        self._claim_thread()
+        batch = launched.batch
+        if launched.pending is not None:
+            try:
+                return list(zip(batch.decodes, launched.pending.collect(), strict=True))
+            except Exception:  # whatever a device may raise; the batch is run again
+                log.warning("a captured step failed", exc_info=True)
+        return self._step(_known(batch))
+
+    def _step(self, batch: Batch) -> list[tuple[Piece, Result]]:
+        alone = len(batch.pieces) == 1
+        if not self.path.together and not alone:
+            return [result for half in _halves(batch) for result in self._step(half)]
+        try:
+            return self._run(batch)
+        except RequestError as error:
+            known: RequestError = error
+        except Exception:  # the model and the strategy may raise anything
+            known = StepFailed("The model failed on this request. The server's log says why.")
+            if alone:
+                log.exception("a step of sequence %d failed", batch.pieces[0].sequence.id)
+        if alone:
+            return [(batch.pieces[0], known)]
+        self.path.undo()
+        return [result for half in _halves(batch) for result in self._step(half)]
+
+    def release(self) -> None:
+        """Let go of the model and of its cache: nothing is run after this. Engine thread."""
+        path, self._path = self._path, None
+        self._model = None
+        if path is not None:
+            path.release()
+
+    def _run(self, batch: Batch) -> list[tuple[Piece, Result]]:
+        with torch.inference_mode():
+            sampling, logits = self.path.logits(batch)
+            states = [_state(piece.sequence) for piece in sampling]
+            chosen: List[Result] = choosing.choose(logits, states) if states else []
+        found: dict[Piece, Result] = dict(zip(sampling, chosen, strict=True))
+        return [(piece, found.get(piece)) for piece in batch.pieces]
+
+    def _find_path(self) -> Path:
+        model = self._model
+        if model is None:
+            raise RuntimeError("the model of this runner was released")
+        try:
+            return self._ragged(model)
+        except NotCarried as reason:
+            plain = Plain(
+                model,
+                self._place_inputs,
+                capacity=self.capacity,
+                max_sequences=self.max_sequences,
+                why=str(reason),
+            )
+            if self.capacity > ANSWER:
+                plain.prove(proof.prompt_for(self.vocabulary, self.capacity - ANSWER))
+            return plain
+
+    def _ragged(self, model: "PreTrainedModel") -> Path:
+        """The fast path, proven. Raises NotCarried."""
+        if why := architectures.plain_path(model.config):
+            raise NotCarried(why)
+        if model._is_stateful or not model._supports_default_dynamic_cache():
+            raise NotCarried("it has a recurrent state")
+        if Rules.of(model).constrain:
+            raise NotCarried("its generation_config.json forbids tokens")
+        ids = proof.prompt_for(self.vocabulary, self.capacity)
+        expected = proof.own_logits(model, self._place_inputs, ids)
+        layers = ragged.layers_of(model, self._place_inputs)
+        on_cuda = any(layer.device.type == "cuda" for layer in layers.values())
+        step_tokens = self._step_tokens or kv.STEP_TOKENS["cuda" if on_cuda else "cpu"]
+        make = self._pages if on_cuda or self._paged else self._slots
+        memory, cache = make(layers, step_tokens)
+        path = Ragged(model, self._place_inputs, memory, cache, step_tokens=step_tokens)
+        try:
+            proof.prove(path, ids, expected, next(iter(layers.values())).dtype)
+        except BaseException:
+            path.release()
+            raise
+        path.graphs = self._capture(model, cache)
+        return path
+
+    def _capture(self, model: "PreTrainedModel", cache: ragged.Cache) -> "Graphs | None":
+        """Decode steps as CUDA graphs, if the model is all on one such device and allows it."""
+        if not isinstance(cache, PageCache) or not (device := capturable(model, cache)):
+            return None
+        from service.engine.graphs import Graphs
+
+        try:
+            return Graphs(model, self._place_inputs, cache, device, self.max_sequences)
+        except Exception as error:  # whatever a model does that a graph cannot hold
+            log.warning("decode steps are not captured: %s: %s", type(error).__name__, error)
+            return None
+
+    def _slots(
+        self, layers: "Mapping[int, Layer]", step_tokens: int
+    ) -> tuple[Memory, ragged.Cache]:
+        count = kv.running(self._kv_tokens, self.capacity, self.max_sequences, on_cuda=False)
+        cache = SlotCache(layers, count, self.capacity)
+        share = set(cache.lengths.values()) == {self.capacity}
+        return Slots(count, self.capacity, share=share), cache
+
+    def _pages(
+        self, layers: "Mapping[int, Layer]", step_tokens: int
+    ) -> tuple[Memory, ragged.Cache]:
+        budget = Budget(self._kv_tokens, self.capacity, self.max_sequences, step_tokens)
+        cache = PageCache(layers, budget)
+        return Pages(cache.groups), cache
 
     def _claim_thread(self) -> None:
         """F6: with offload hooks a second thread would read weights that the first is moving."""
@@ -139,17 +340,30 @@ class Runner:
             )
 
 
-def _refuse_unless_decoder(model: "PreTrainedModel") -> None:
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        kind = "an encoder-decoder"
-    elif not model.can_generate():
-        kind = "not a language model"
-    elif model._is_stateful or not model._supports_default_dynamic_cache():
-        kind = "a model with recurrent state"  # its prompt cannot be computed in chunks
-    else:
-        return
-    raise LoadFailed(
-        f"{name} is {kind}; only decoder-only attention models can be served.",
-        hint="Choose a causal language model, such as a Llama, Qwen, Gemma, Mistral or Phi.",
+def _state(sequence: Sequence) -> State:
+    if sequence.choice is None:
+        sequence.choice = State(sequence.params, sequence.prompt, sequence.number)
+    return sequence.choice
+
+
+def _known(batch: Batch) -> Batch:
+    """The batch with its tokens, which are known once the step before has been recorded."""
+    if not batch.follows:
+        return batch
+    return Batch(
+        tuple(
+            Piece(its.sequence, its.sequence.ids(its.start, its.stop), its.start, its.samples)
+            for its in batch.decodes
+            if its.sequence.known >= its.stop
+        )
+    )
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The batch cut in two, of which each has at least one piece."""
+    middle = len(batch.pieces) // 2
+    cut = min(middle, len(batch.decodes))
+    return (
+        Batch(batch.decodes[:cut], batch.prefills[: middle - cut]),
+        Batch(batch.decodes[cut:], batch.prefills[middle - cut :]),
     )

@@ -5,43 +5,43 @@ it, text does not.
 """
 
 import threading
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING
 from typing import Literal
 
+from service.engine.params import SamplingParams
+from service.errors import ReadTooSlowly
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
-    from service.engine.sampling import Sampler
+    from service.engine.choosing import Chosen
+    from service.engine.state import State
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens of one sequence are chosen. Values are checked before they get here.
-
-    temperature 0 is greedy. top_k 0 and top_p 1.0 are off. Tokens in `stop_ids` end the sequence
-    and are not delivered. With `seed` the result does not depend on what runs beside it.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_ids: frozenset[int] = frozenset()
+# A client that leaves so many tokens unread does not read: its sequence is ended, so that neither
+# memory nor anybody's time is spent on it.
+MOST_UNREAD = 4096
 
 
 class Stream:
-    """Tokens of one sequence, from the engine thread to one HTTP thread."""
+    """Tokens of one sequence, from the engine thread to one HTTP thread.
+
+    logprobs: one entry for each delivered token if the request asked for them, in the same order;
+    an entry is there before its token can be read. prompt_logprobs: the same for the tokens of the
+    prompt from the second on, all there before the first token. ending: the stop id that ended the
+    answer, which is not delivered. cached_tokens: of the prompt, found computed.
+    """
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.logprobs: list[Chosen] = []
+        self.prompt_logprobs: list[Chosen] = []
+        self.ending: Chosen | None = None
+        self.cached_tokens = 0
         self._pending: list[int] = []
         self._error: ServiceError | None = None
         self._ended = False
@@ -80,13 +80,23 @@ class Stream:
 
     # --- engine thread
 
-    def put(self, token: int) -> None:
+    def put(self, token: int, logprobs: "Chosen | None" = None) -> None:
         """Deliver a token. Ignored after the end, which another thread may cause during a step."""
         with self._changed:
-            if not self._ended:
-                self._pending.append(token)
-                self.completion_tokens += 1
-                self._changed.notify()
+            if self._ended:
+                return
+            if logprobs is not None:
+                self.logprobs.append(logprobs)
+            self._pending.append(token)
+            self.completion_tokens += 1
+            self._changed.notify()
+
+    @property
+    def overflow(self) -> ServiceError | None:
+        """The error to end the sequence with if its client leaves too many tokens unread."""
+        if len(self._pending) <= MOST_UNREAD:
+            return None
+        return ReadTooSlowly(f"The client left {MOST_UNREAD} tokens unread; the answer was ended.")
 
     # --- engine thread, or the thread that stops the engine
 
@@ -111,33 +121,45 @@ class Stream:
 class Sequence:
     """Engine-side state of one prompt; never seen by an HTTP thread after it has been submitted.
 
-    id: the engine's own, never a client's. computed: how many tokens of prompt and answer the model
-    has seen. deadline: `time.monotonic()` seconds, or None. outcome: how it ended, set once by the
-    scheduler.
+    id: the engine's own, never a client's. deadline: seconds on the engine's clock, or None.
+    owner: who asked, for fairness. leader: a sequence with the same prompt, whose computed prompt
+    this one waits for and shares. computed: how many tokens of prompt and answer have their keys
+    and values in memory. hold: where in memory those are, the memory's own. choice: what
+    choosing its tokens remembers. outcome: how it ended, set once by the scheduler.
     """
 
     id: int
-    prompt: Ids[int]
+    prompt: tuple[int, ...]
     params: SamplingParams
     stream: Stream
     deadline: float | None = None
+    owner: str = ""
+    leader: "Sequence | None" = None
+    number: int = 0
     generated: list[int] = field(default_factory=list)
     computed: int = 0
+    hold: object | None = None
+    choice: "State | None" = None
     outcome: FinishReason | ServiceError | None = None
-    sampler: "Sampler | None" = None
 
     @property
     def known(self) -> int:
         """Tokens of prompt and answer so far."""
         return len(self.prompt) + len(self.generated)
 
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that may still be chosen."""
+        return self.params.max_tokens - len(self.generated)
+
     def ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens `start` to `stop` of prompt and answer together."""
         cut = len(self.prompt)
-        return (
-            *self.prompt[start : min(stop, cut)],
-            *self.generated[max(start - cut, 0) : max(stop - cut, 0)],
-        )
+        if stop <= cut:
+            return self.prompt[start:stop]
+        if start >= cut:
+            return tuple(self.generated[start - cut : stop - cut])
+        return (*self.prompt[start:], *self.generated[: stop - cut])
 
     def close_stream(self) -> None:
         """Tell the client how it ended. Does nothing while `outcome` is None."""

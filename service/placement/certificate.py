@@ -29,6 +29,10 @@ from service.placement.loading import Loaded
 from service.placement.tensors import Owner
 from service.placement.tensors import offload_owners
 
+# what a certificate may cost: this share of the load, or so many seconds where that is more
+MOST_SHARE = 0.05
+MOST_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Check:
@@ -56,7 +60,8 @@ class Check:
 class Certificate:
     """All checks of one loaded model. Valid when every one passed.
 
-    devices: bytes of tensors per device. seconds: what all of it took. versions: of what loaded and
+    devices: bytes of tensors per device. seconds: what all of it took, load_seconds: what the load
+    had taken. versions: of what loaded and
     judged the model. plan_hash: of the placement that was carried out. plan_errors: device -> bytes
     of tensors more (or less) than its plan said, for the devices whose weights were planned.
     """
@@ -69,6 +74,12 @@ class Certificate:
     versions: Mapping[str, str] = field(default_factory=dict)
     plan_hash: str | None = None
     plan_errors: Mapping[str, int] = field(default_factory=dict)
+    load_seconds: float = 0.0
+
+    @property
+    def budget_seconds(self) -> float:
+        """What a certificate may cost: a share of the load, or MOST_SECONDS where that is more."""
+        return max(MOST_SECONDS, MOST_SHARE * self.load_seconds)
 
     @property
     def valid(self) -> bool:
@@ -89,6 +100,8 @@ class Certificate:
             "valid": self.valid,
             "issued_at": self.issued_at,
             "seconds": round(self.seconds, 3),
+            "load_seconds": round(self.load_seconds, 3),
+            "budget_seconds": round(self.budget_seconds, 3),
             "versions": dict(self.versions),
             "plan_hash": self.plan_hash,
             "devices": dict(self.devices),
@@ -124,6 +137,7 @@ def certify(loaded: Loaded) -> Certificate:
         versions(quantized=quantized > 0),
         describe.plan_hash(loaded.placement),
         describe.plan_errors(loaded.placement, measured),
+        loaded.seconds,
     )
 
 

@@ -27,10 +27,11 @@ from service.placement.tensors import listed
 from service.placement.tensors import named_tensors
 from service.placement.tensors import nbytes
 from service.placement.tensors import offload_owners
+from service.placement.tensors import own_scales
 from service.placement.tensors import scales_of
 from service.placement.tensors import stored_on
 
-QUANTIZED_LINEARS = ("Linear4bit", "Linear8bitLt")
+QUANTIZED_LINEARS = ("Linear4bit", "Linear8bitLt", "Int8Linear", "Int4Linear")
 
 CheckFunction = Callable[[Loaded, Mapping[str, Owner]], int]
 
@@ -196,7 +197,7 @@ def quantized_can_run(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
     linears = quantized_linears(loaded)
     for name, module in linears.items():
         weight = module.weight
-        scales = scales_of(module)
+        scales = scales_of(module) or own_scales(module)
         if not scales or any(tensor.device != weight.device for tensor in scales):
             where = f"scales on {scales[0].device}" if scales else "no scales"
             raise PlacementMismatch(
@@ -245,11 +246,15 @@ def inputs_are_placed(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
 
 
 def forward_is_sound(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
-    """One traced forward: no operator touches meta or mixes devices, and the logits are finite."""
+    """One traced forward: no operator touches meta or mixes devices, and the logits are finite.
+
+    A model without a head gives hidden states, of any size.
+    """
     ids = sample_inputs(loaded)
     placed = place(loaded.strategy.place_inputs, loaded.model, ids)
     logits, operators = traced.forward(loaded.model, placed)
-    vocabulary = loaded.model.config.get_text_config().vocab_size
+    headless = loaded.model.get_output_embeddings() is None
+    vocabulary = 1 if headless else loaded.model.config.get_text_config().vocab_size
     if logits.shape[:2] != ids["input_ids"].shape or logits.shape[-1] < vocabulary:
         raise PlacementMismatch(
             f"logits have shape {tuple(logits.shape)}; "
@@ -330,9 +335,15 @@ def _resting(name: str, tensor: torch.Tensor, owners: Mapping[str, Owner]) -> st
 
 
 def sample_inputs(loaded: Loaded) -> dict[str, torch.Tensor]:
-    """A few valid token ids, int64 [1, 4] on CPU."""
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    return {"input_ids": torch.arange(4, dtype=torch.int64)[None] % vocabulary}
+    """A few valid token ids, int64 [1, 4] on CPU; for an encoder and for a decoder, if there is one
+    of each.
+    """
+    config = loaded.model.config
+    ids = torch.arange(4, dtype=torch.int64)[None] % config.get_text_config().vocab_size
+    return {
+        "input_ids": ids,
+        **({"decoder_input_ids": ids.clone()} if config.is_encoder_decoder else {}),
+    }
 
 
 def device_bytes(loaded: Loaded, owners: Mapping[str, Owner]) -> dict[str, int]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
 
+from service.config.origin import Origin
 from service.config.schema import Config
+from service.config.schema import DeploymentConfig
 from service.config.schema import ModelConfig
 from service.errors import ServiceError
 from service.placement.hardware import Hardware
@@ -17,6 +19,7 @@ from service.placement.plan import groups
 if TYPE_CHECKING:
     from service.placement.certificate import Certificate
     from service.placement.registry import Strategy
+    from service.placement.watch import Watch
 
 # the `watch` object of GET /placement before there is a watch, or without one
 NOT_WATCHED: dict[str, Any] = {"enabled": False, "checked_at": None, "checks": 0, "findings": []}
@@ -26,15 +29,27 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Attempt:
-    """A strategy that was tried and refused."""
+    """A strategy that was tried and refused.
 
-    strategy: str
+    words: the deployment as it was to run. stage: what failed: "import", "select" or "options" of
+    the strategy, "plan", "load", "certificate", "validate", "place_inputs", or the "start" of the
+    engine.
+    """
+
+    words: DeploymentConfig
+    stage: str
     error: ServiceError
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
+        words = self.words
         return {
-            "strategy": self.strategy,
+            "strategy": words.strategy,
+            "quantize": words.quantize,
+            "max_context": words.max_context,
+            "max_sequences": words.max_sequences,
+            "on_no_fit": words.on_no_fit,
+            "stage": self.stage,
             "seconds": round(self.seconds, 2),
             "error": self.error.as_dict(),
         }
@@ -45,8 +60,12 @@ def asked(
     model: ModelConfig | None,
     strategy: "Strategy | None",
     placement: Placement | None,
+    origins: Mapping[str, Origin],
 ) -> dict[str, Any]:
-    """What runs and who said so; the rest is null until it is known."""
+    """What runs and who said so; the rest is null until it is known.
+
+    origins: of the step of the chain that runs.
+    """
     keys = type(config.deployment).model_fields
     return {
         "deployment": config.name,
@@ -58,12 +77,12 @@ def asked(
             "max_context": placement.context if placement else None,
         },
         "strategy": {
-            "name": strategy.name if strategy else config.deployment.strategy,
+            "name": strategy.name if strategy else (model or config.deployment).strategy,
             "source": strategy.source if strategy else None,
         },
         "origin": {
             key: str(origin)
-            for key, origin in config.origins.items()
+            for key, origin in origins.items()
             if key in keys and origin.layer != "built-in"
         },
     }
@@ -89,6 +108,7 @@ def devices(
                 "kv": planned.kv,
                 "overhead": planned.overhead,
             }
+            entry["overhead_parts"] = dict(planned.parts)
         entry["measured"] = measured.get(device)
         entry["plan_error_bytes"] = certificate.plan_errors.get(device) if certificate else None
         entry["modules"] = [
@@ -97,6 +117,23 @@ def devices(
         ]
         found.append(entry)
     return found
+
+
+def certified(certificate: "Certificate | None", watch: "Watch | None") -> dict[str, Any] | None:
+    """The `certificate` object of GET /placement: valid until the watch has found a change.
+
+    unchanged_until: when the model was last seen to be what was proven. revoked: what changed.
+    """
+    if certificate is None:
+        return None
+    changed = watch.error() if watch is not None else None
+    seen = watch.as_dict()["unchanged_until"] if watch is not None else certificate.issued_at
+    return {
+        **certificate.as_dict(),
+        "valid": certificate.valid and changed is None,
+        "unchanged_until": seen,
+        "revoked": changed.message if changed is not None else None,
+    }
 
 
 def _facts(hardware: "Hardware", device: str) -> dict[str, Any]:
@@ -146,6 +183,7 @@ def plan_hash(placement: Placement) -> str:
         "load_kwargs": dict(placement.load_kwargs),
         "allows": sorted(placement.allows),
         "quantized": placement.quantized,
+        "packed": placement.packed,
         "dtype": placement.dtype,
         "context": placement.context,
         "kv_tokens": placement.kv_tokens,

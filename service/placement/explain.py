@@ -3,19 +3,19 @@
 `explain` takes facts and returns data; `moorage plan` prints it and `--json` dumps it.
 """
 
-import dataclasses
 import logging
 import re
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from service.config.schema import ModelConfig
 from service.errors import DoesNotFit
-from service.errors import PlacementUnavailable
+from service.placement import alternatives
+from service.placement import architectures
 from service.placement import footprint
-from service.placement.hardware import Cpu
-from service.placement.hardware import Gpu
+from service.placement.alternatives import Alternative
 from service.placement.hardware import Hardware
 from service.placement.plan import DeviceMemory
 from service.placement.plan import ModuleGroup
@@ -26,9 +26,10 @@ from service.placement.plan import runs
 from service.placement.registry import Registry
 from service.placement.registry import Strategy
 
+if TYPE_CHECKING:
+    from service.placement.chain import Outlook
+
 GIB = 2**30
-CARDS = ((1, 16), (1, 24), (2, 24), (1, 48), (1, 80), (2, 80), (1, 141), (4, 80), (8, 80), (8, 141))
-RAM = (16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,11 @@ class DevicePlan:
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """Something that would fit: in words, what to type, and what it leaves free per device."""
-
-    what: str
-    flag: str
-    weights: int
-    left: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class PlanReport:
     """Everything `moorage plan` says. `placement` is None when it does not fit; `error` says why.
 
-    room_tokens: tokens of KV cache that the devices could hold in all.
+    room_tokens: tokens of KV cache that the devices could hold in all. fallback: what the steps
+    after the first would plan, where the first does not fit.
     """
 
     config: ModelConfig
@@ -74,6 +66,7 @@ class PlanReport:
     error: DoesNotFit | None = None
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
+    fallback: "tuple[Outlook, ...]" = ()
 
 
 def explain(
@@ -90,7 +83,7 @@ def explain(
         return PlanReport(
             config,
             error=error,
-            alternatives=tuple(_alternatives(config, strategy, hardware, registry)),
+            alternatives=tuple(alternatives.find(config, strategy, hardware, registry)),
             notes=tuple(_left_to_itself(config, hardware)),
         )
     devices = tuple(_devices(placement, hardware))
@@ -134,89 +127,12 @@ def _room(placement: Placement, devices: tuple[DevicePlan, ...]) -> int:
     return tokens + max(0, int(more))
 
 
-# --- what would fit
-
-
-def _alternatives(
-    config: ModelConfig, strategy: Strategy, hardware: Hardware, registry: Registry
-) -> Iterator[Alternative]:
-    for what, flag, changes in _settings(config, hardware):
-        other = registry.strategies.get(str(changes.get("strategy", strategy.name)))
-        if other is None:
-            continue
-        if other is not strategy:
-            changes = {**changes, "options": None}
-        found = _try(config.model_copy(update=changes), other, hardware)
-        if found is not None:
-            yield _alternative(what, flag, found, hardware)
-    for what, machine in _machines(hardware):
-        found = _try(config, strategy, machine)
-        if found is not None:
-            label = config.quantize if config.quantize != "none" else found.dtype or config.dtype
-            yield _alternative(f"{label} on {what}", "(other hardware)", found, machine)
-            return
-
-
-def _settings(
-    config: ModelConfig, hardware: Hardware
-) -> Iterator[tuple[str, str, Mapping[str, object]]]:
-    """Changes worth trying, the least painful first: words, flag, keys."""
-    if config.quantize == "none":
-        for quantize, what in (("int8", "8-bit int8"), ("nf4", "4-bit nf4, double quant.")):
-            yield what, f"--set quantize={quantize}", {"quantize": quantize}
-    if config.max_sequences > 1:
-        yield "one sequence at a time", "--set max_sequences=1", {"max_sequences": 1}
-    if config.max_context > 2048:
-        flag = "--set max_context=2048 --set max_sequences=1"
-        yield "a short context, one at a time", flag, {"max_context": 2048, "max_sequences": 1}
-    if len(hardware.gpus) > 1 and config.strategy != "auto-shard":
-        yield "over all GPUs", "--strategy auto-shard", {"strategy": "auto-shard"}
-    if config.on_no_fit == "refuse" and hardware.gpus and config.quantize == "none":
-        flag = "--strategy auto-shard --set on_no_fit=offload-cpu"
-        changes = {"strategy": "auto-shard", "on_no_fit": "offload-cpu"}
-        yield "the rest in RAM, slowly", flag, changes
-    if config.strategy != "cpu" and hardware.gpus:
-        yield "in RAM, computed by the CPU", "--strategy cpu", {"strategy": "cpu"}
-
-
-def _machines(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
-    """Larger machines of the same kind: more or larger cards, or more RAM where there are none."""
-    if not hardware.gpus:
-        for size in RAM:
-            cpu = Cpu(size * GIB, size * GIB, hardware.cpu.cores, hardware.cpu.bfloat16)
-            yield f"{size} GiB of RAM", dataclasses.replace(hardware, cpu=cpu)
-        return
-    have = sum(gpu.total_bytes for gpu in hardware.gpus)
-    for count, size in sorted(CARDS, key=lambda card: card[0] * card[1]):
-        if count * size * GIB <= have:
-            continue
-        cards = tuple(
-            Gpu(index, f"{size} GiB GPU", size * GIB, size * GIB - GIB // 2)
-            for index in range(count)
-        )
-        yield f"{count} x {size} GiB", dataclasses.replace(hardware, gpus=cards)
-
-
-def _try(config: ModelConfig, strategy: Strategy, hardware: Hardware) -> Placement | None:
-    try:
-        return strategy.plan(config, hardware)
-    except (DoesNotFit, PlacementUnavailable):
-        return None
-
-
-def _alternative(what: str, flag: str, placement: Placement, hardware: Hardware) -> Alternative:
-    devices = [d for d in _devices(placement, hardware) if d.id in placement.devices]
-    weights = sum(memory.weights for memory in placement.memory.values())
-    return Alternative(what, flag, weights, tuple(d.left for d in devices))
-
-
 # --- what accelerate would do
 
 
 def _auto_map(config: ModelConfig, hardware: Hardware) -> dict[str, str]:
     """The map of `device_map="auto"`: unit -> device. It plans weights only."""
     import torch
-    import transformers
     from transformers.integrations import accelerate as planner
 
     from service.placement import guard
@@ -224,7 +140,7 @@ def _auto_map(config: ModelConfig, hardware: Hardware) -> dict[str, str]:
     hf_config = footprint.read_config(config)
     dtype = footprint.resolve_dtype(config, hf_config, on_cpu=False, native_bfloat16=True)
     with guard.LOAD_LOCK, torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        model = architectures.class_of(hf_config, config).from_config(hf_config, dtype=dtype)
     free: dict[int | str, int] = {gpu.index: gpu.free_bytes for gpu in hardware.gpus}
     if len(free) == 1:  # transformers keeps a tenth back on a single card
         free = {index: size * 9 // 10 for index, size in free.items()}

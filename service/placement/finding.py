@@ -118,7 +118,7 @@ def _import_file(path: Path) -> ModuleType:
 def import_plugin(found: Found) -> object:
     try:
         return found.fetch()
-    except Exception as error:  # an import runs the author's code, which may raise anything
+    except (Exception, SystemExit) as error:  # an import runs the author's code: anything
         raise PluginError(
             f"strategy {found.name} failed to import: {describe(error)}",
             hint=f"see {found.source}",

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +16,25 @@ import transformers
 from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from service.config.schema import ModelConfig
 from service.errors import ModelUnavailable
 from service.models import folder
+from service.placement import activations
+from service.placement import architectures
 from service.placement import guard
+from service.placement import kv
+from service.placement import raw_weights
+from service.placement import states
+from service.placement.kv_layers import LayerKv
+from service.placement.kv_layers import latent_numbers
+from service.placement.kv_layers import layers_kv
+from service.placement.kv_layers import numbers_per_token
 from service.placement.plan import Unit
 from service.placement.tensors import nbytes
 
-# the longest piece of a prompt that one step computes
-PREFILL_CHUNK = 512
 # bitsandbytes: one absmax per block of 64 weights; double quantisation stores those as one byte
 # each and one float32 per 256 of them, plus the two code tables (16 and 256 float32) and an offset
 # per tensor
@@ -40,9 +49,13 @@ class Footprint:
     """Bytes of a whole model as it will be loaded.
 
     units are in the model's order. ties maps a unit to the one it shares a tensor with. quantized
-    counts the linears that will be quantised. activations is an upper bound for one step on one
-    device: a prefill chunk's hidden states and scores, and the logits. context is max_context, or
-    the model's own limit if that is lower.
+    counts the linears that will be quantised. activations and logits are upper bounds for one step
+    on one device. context is max_context, or the model's own limit if that is lower; kv_tokens are
+    kept for all `sequences` together. on_cuda: whether layers execute on CUDA, which decides how
+    KV is kept. latent is how many times larger the expanded KV of multi-head latent attention is
+    than its latent vectors, 0 without it. keep: linears that must not be quantised, beside those
+    that transformers keeps itself. plain: why the engine runs one sequence at a time, if that is
+    certain.
     """
 
     parameters: int
@@ -53,7 +66,15 @@ class Footprint:
     kv_bytes_per_token: int
     context: int
     sequences: int
+    kv_tokens: int
+    layers: tuple[LayerKv, ...]
+    itemsize: int
     activations: int
+    logits: int
+    on_cuda: bool
+    latent: float = 0.0
+    keep: tuple[str, ...] = ()
+    plain: str = ""
 
     @property
     def weights(self) -> int:
@@ -63,13 +84,20 @@ class Footprint:
     def kv(self) -> int:
         return sum(unit.kv for unit in self.units)
 
-    @property
-    def kv_tokens(self) -> int:
-        return self.context * self.sequences
+    def kv_of(self, context: int, sequences: int) -> int:
+        """Bytes of KV that so many sequences of so many tokens would take, in whole."""
+        tokens = context * sequences
+        return sum(
+            _kv(self.layers, tokens, context, sequences, self.itemsize, on_cuda=self.on_cuda)
+        )
 
 
-def measure(config: ModelConfig, *, on_cpu: bool, native_bfloat16: bool) -> Footprint:
+def measure(
+    config: ModelConfig, *, on_cpu: bool, native_bfloat16: bool, threads: int = 1
+) -> Footprint:
     """The footprint of the configured model; `on_cpu` and `native_bfloat16` decide the dtype.
+
+    on_cpu: layers execute on the CPU, by that many threads; else on CUDA, offloaded ones too.
 
     Reads config.json only. Raises ModelUnavailable for a config that is not a decoder-only language
     model or that transformers cannot read.
@@ -78,51 +106,78 @@ def measure(config: ModelConfig, *, on_cpu: bool, native_bfloat16: bool) -> Foot
     dtype = resolve_dtype(config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16)
     model = skeleton(config, hf_config, dtype)
     text = hf_config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or config.max_context
-    context = min(config.max_context, limit)
-    converted = _converted(config, model)
-    per_token, kv = _kv(text, context, config.max_sequences, dtype.itemsize)
-    units = tuple(_units(model, config, converted, kv))
-    if sum(unit.kv for unit in units) != sum(kv):
+    context = min(config.max_context, architectures.context_limit(hf_config) or config.max_context)
+    keep = _unquantisable(config, hf_config, model)
+    converted = _converted(config, model, keep)
+    layers = _layers(model, text.num_hidden_layers)
+    if not layers:
         raise ModelUnavailable(
-            f"{config.model_id}: the {len(kv)} layers of {hf_config.model_type} were not found in "
-            "its modules, so their KV cache cannot be planned",
-            hint="Moorage serves decoder-only models whose layers are one list",
+            f"{config.model_id}: the {text.num_hidden_layers} layers of {hf_config.model_type} "
+            "were not found in its modules, so their KV cache cannot be planned",
+            hint="Moorage serves models whose decoder layers are one list",
         )
+    if hf_config.is_encoder_decoder:
+        kept = (LayerKv(2 * numbers_per_token(text)),) * len(layers)  # its own tokens, the prompt's
+    else:
+        kept = _with_states(config, hf_config, layers_kv(text, list(layers.values())), dtype)
+    plain = architectures.plain_path(hf_config)
+    tokens = kv_budget(config, context)
+    per_layer = _kv(kept, tokens, context, config.max_sequences, dtype.itemsize, on_cuda=not on_cpu)
+    units = tuple(_units(model, config, converted, dict(zip(layers, per_layer, strict=True))))
+    latent = latent_numbers(text)
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         units=units,
         ties=_ties(model),
         quantized=len(converted),
-        kv_bytes_per_token=per_token,
+        kv_bytes_per_token=sum(layer.numbers for layer in kept) * dtype.itemsize,
         context=context,
         sequences=config.max_sequences,
-        activations=_activations(text, context, dtype.itemsize),
+        kv_tokens=tokens,
+        layers=kept,
+        itemsize=dtype.itemsize,
+        activations=activations.step_bytes(
+            text,
+            context,
+            config.max_sequences,
+            dtype.itemsize,
+            on_cuda=not on_cpu,
+            threads=threads,
+            whole_prompts=bool(plain),
+        ),
+        logits=activations.logits_bytes(text, config.max_sequences, dtype.itemsize),
+        on_cuda=not on_cpu,
+        latent=numbers_per_token(text) / latent if latent else 0.0,
+        keep=keep,
+        plain=plain,
     )
 
 
+def _with_states(
+    config: ModelConfig, hf_config: Any, layers: tuple[LayerKv, ...], dtype: torch.dtype
+) -> tuple[LayerKv, ...]:
+    """The layers with the state of those that have no attention. Raises ModelUnavailable."""
+    if all(layer.numbers for layer in layers):
+        return layers
+    model = skeleton(config, hf_config, torch.bfloat16).eval()
+    sizes = states.bytes_per_sequence(model, dtype.itemsize, config.model_id)
+    return tuple(replace(k, state=size) for k, size in zip(layers, sizes, strict=True))
+
+
+def kv_budget(config: ModelConfig, context: int) -> int:
+    """Tokens of KV for all sequences together, no more than they can ever use.
+
+    context is what one sequence has at most. On the CPU only whole contexts of it are used.
+    """
+    most = context * config.max_sequences
+    return most if config.kv_tokens is None else max(context, min(config.kv_tokens, most))
+
+
 def read_config(config: ModelConfig) -> Any:
-    """transformers' configuration of the model. Raises ModelUnavailable."""
-    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.gguf_file is not None:
-        kwargs["gguf_file"] = config.gguf_file
-    try:
-        hf_config = transformers.AutoConfig.from_pretrained(
-            config.folder, local_files_only=True, **kwargs
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelUnavailable(
-            f"{config.model_id}: its config.json cannot be read: "
-            f"{' '.join(str(error).split())[:300]}",
-            hint="the model may need a newer transformers; see moorage doctor",
-        ) from None
-    known = type(hf_config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if not known and not config.trust_remote_code:
-        raise ModelUnavailable(
-            f"{config.model_id}: {hf_config.model_type} is not a decoder-only language model",
-            hint="Moorage serves the models that AutoModelForCausalLM knows",
-        )
+    """transformers' configuration of a model that we serve. Raises ModelUnavailable."""
+    hf_config = architectures.hf_config(config)
+    architectures.class_of(hf_config, config)
     quantized = getattr(hf_config, "quantization_config", None)
     if quantized is not None and config.gguf_file is None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -168,7 +223,7 @@ def _dtype(name: str) -> torch.dtype:
 def skeleton(config: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     """The model on the meta device, every tensor in its dtype and none with values."""
     with guard.LOAD_LOCK, torch.device("meta"):  # building one sets the process's default dtype
-        model = transformers.AutoModelForCausalLM.from_config(
+        model = architectures.class_of(hf_config, config).from_config(
             hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
     kept = model._get_dtype_plan(dtype)  # tensors that transformers loads in float32 all the same
@@ -181,12 +236,26 @@ def skeleton(config: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _converted(config: ModelConfig, model: Any) -> Mapping[str, nn.Module]:
-    """The linears that bitsandbytes will replace, by transformers' own rule."""
+def _unquantisable(config: ModelConfig, hf_config: Any, model: Any) -> tuple[str, ...]:
+    """What bitsandbytes is told to leave alone, by name; empty where its own choice is right."""
+    found = _converted(config, model, ())
+    if not found:
+        return ()
+    with torch.device("meta"):
+        raw = raw_weights.read_past(model, found)
+    keys = sorted({name.rpartition(".")[2] for name in raw})
+    return (*get_keys_to_not_convert(model), *keys) if keys else ()
+
+
+def _converted(config: ModelConfig, model: Any, keep: tuple[str, ...]) -> Mapping[str, nn.Module]:
+    """The linears that bitsandbytes will replace, by transformers' own rule.
+
+    keep: what it is told to leave alone; empty: what it leaves alone by itself.
+    """
     if config.quantize == "none":
         return {}
-    keep = getattr(model, "_keep_in_fp32_modules", None)
-    skip = HfQuantizer.get_modules_to_not_convert(model, None, keep)
+    full = getattr(model, "_keep_in_fp32_modules", None)
+    skip = HfQuantizer.get_modules_to_not_convert(model, list(keep) or None, full)
     return {
         name: module
         for name, module in model.named_modules()
@@ -209,11 +278,13 @@ def quantized_bytes(elements: int, rows: int, quantize: str) -> int:
 
 
 def _units(
-    model: Any, config: ModelConfig, converted: Mapping[str, nn.Module], kv: list[int]
+    model: Any, config: ModelConfig, converted: Mapping[str, nn.Module], layers: Mapping[str, int]
 ) -> Iterator[Unit]:
-    """Cut the model at its no-split modules, in order, loose tensors included."""
+    """Cut the model at its no-split modules, in order, loose tensors included.
+
+    layers: decoder layer's name -> bytes of KV.
+    """
     whole = set(model._no_split_modules or ())
-    layers = _layer_names(model, len(kv))
     seen: set[int] = set()
 
     def size(name: str, module: nn.Module, *, recurse: bool) -> int:
@@ -239,11 +310,7 @@ def _units(
         children = list(module.named_children())
         if name and (name in layers or type(module).__name__ in whole or not children):
             if any(True for _ in (*module.parameters(), *module.buffers())):
-                yield Unit(
-                    name,
-                    size(name, module, recurse=True),
-                    kv[layers[name]] if name in layers else 0,
-                )
+                yield Unit(name, size(name, module, recurse=True), layers.get(name, 0))
             return
         for key, tensor in (
             *module.named_parameters(recurse=False),
@@ -258,11 +325,14 @@ def _units(
     return cut("", model)
 
 
-def _layer_names(model: Any, count: int) -> Mapping[str, int]:
-    """Decoder layer's name -> index: the module list that is as long as the model."""
+def _layers(model: Any, count: int) -> Mapping[str, nn.Module]:
+    """Decoder layer's name -> module: the module list that is as long as the model."""
+    # of an encoder-decoder the decoder's, however many those are
+    inside = model.get_decoder() if model.config.is_encoder_decoder else model
+    lists = {id(module) for module in inside.modules() if isinstance(module, nn.ModuleList)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return {f"{name}.{i}": i for i in range(count)}
+        if id(module) in lists and (inside is not model or len(module) == count):
+            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
     return {}
 
 
@@ -274,44 +344,20 @@ def _ties(model: Any) -> Mapping[str, str]:
     return {a.rpartition(".")[0]: b.rpartition(".")[0] for a, b in pairs.items()}
 
 
-def _kv(text: Any, context: int, sequences: int, itemsize: int) -> tuple[int, list[int]]:
-    """Bytes of KV of one token over all layers, and per layer for all sequences at full context.
-
-    Per token and layer: KV heads x (key size + value size) x itemsize. A sliding-window layer
-    keeps at most its window of tokens; layers without attention keep none. Multi-head latent
-    attention caches one compressed vector and one rotary key, without heads (DeepSeek-V2, 2.1).
-    """
-    layers = text.num_hidden_layers
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    key, value = size, size
-    if getattr(text, "kv_lora_rank", None) is not None:
-        indexer = getattr(text, "index_head_dim", None) or 0
-        key, value, heads = text.kv_lora_rank, text.qk_rope_head_dim + indexer, 1
-    window = getattr(text, "sliding_window", None)
-    plain = "sliding_attention" if window else "full_attention"
-    kinds = getattr(text, "layer_types", None) or [plain] * layers
-    token = heads * (key + value) * itemsize
-    total, per_layer = 0, []
-    for kind in kinds:
-        attends = "attention" in kind and "linear" not in kind
-        kept = min(context, window) if kind == "sliding_attention" and window else context
-        total += token if attends else 0
-        per_layer.append(token * kept * sequences if attends else 0)
-    return total, per_layer
-
-
-def _activations(text: Any, context: int, itemsize: int) -> int:
-    """Upper bound of what one step needs beside weights and KV, in bytes.
-
-    A prefill chunk of c tokens: residual, attention and MLP states c x (6 hidden + 3 intermediate);
-    attention scores of one layer where the kernel writes them out, heads x c x context; logits of
-    the last token in float32 with three copies for sampling.
-    """
-    chunk = min(PREFILL_CHUNK, context)
-    hidden = text.hidden_size
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    states: int = chunk * (6 * hidden + 3 * inner) * itemsize
-    scores: int = text.num_attention_heads * chunk * context * itemsize
-    logits: int = 4 * text.vocab_size * 4
-    return states + scores + logits
+def _kv(
+    layers: tuple[LayerKv, ...],
+    kv_tokens: int,
+    context: int,
+    sequences: int,
+    itemsize: int,
+    *,
+    on_cuda: bool,
+) -> list[int]:
+    """Bytes of KV per layer for all sequences: what the engine allocates."""
+    return [
+        layer.numbers
+        * itemsize
+        * kv.pool_tokens(kv_tokens, context, sequences, layer.window, on_cuda=on_cuda)
+        + layer.state * sequences
+        for layer in layers
+    ]

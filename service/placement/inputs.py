@@ -45,7 +45,7 @@ def place(
         placed = place_inputs(model=model, inputs=inputs)
     except ServiceError:
         raise
-    except Exception as error:  # a plugin may raise anything; say that it was the plugin
+    except (Exception, SystemExit) as error:  # a plugin may raise anything; say that it was it
         raise PluginError(f"{who} raised {type(error).__name__}: {error}") from error
     if not isinstance(placed, dict) or placed.keys() != expected.keys():
         found = sorted(map(str, placed)) if isinstance(placed, dict) else type(placed).__name__
@@ -102,6 +102,15 @@ def to_input_device(
     """The inputs of one step on `input_device(model)`: what a strategy's `place_inputs` returns."""
     device = input_device(model)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a step needs beside its inputs, such as page tables: a CPU tensor to `device`, without
+    waiting for it.
+    """
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _device(device: "torch.device | str | int") -> torch.device:

@@ -105,8 +105,24 @@ def load(
         model = None  # the traceback holds this frame
         raise
     model.eval()
+    _lay_out_inputs(model)
     seconds = time.monotonic() - started
     return Loaded(model, strategy, config, placement, tuple(keys), seconds, tuple(notes))
+
+
+def _lay_out_inputs(model: "PreTrainedModel") -> None:
+    """Give 4-bit linears rows that lie one after the other.
+
+    bitsandbytes 0.50's packed kernel for CPUs reads the transposed input of a single sequence, as
+    Mamba's mixer hands it over, as if it were not transposed.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
 def _left_untied(model: "PreTrainedModel | None", keys: list[KeyReport]) -> list[str]:
@@ -125,7 +141,7 @@ def _call(strategy: "Strategy", config: ModelConfig, placement: Placement) -> "P
         return strategy.load(config, placement)
     except ServiceError as error:
         failure = error.bare()
-    except Exception as error:  # a strategy's load may raise anything; the operator gets its name
+    except (Exception, SystemExit) as error:  # a strategy's load may raise anything, and leave
         log.debug("strategy %s: load raised", strategy.name, exc_info=True)
         failure = LoadFailed(
             f"strategy {strategy.name}: load raised {finding.describe(error)}",
@@ -137,7 +153,7 @@ def _call(strategy: "Strategy", config: ModelConfig, placement: Placement) -> "P
     raise failure
 
 
-def _advice(error: Exception) -> str | None:
+def _advice(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the device ran out of memory: lower max_context or max_sequences, or see moorage plan"
@@ -249,10 +265,28 @@ def collect() -> None:
 
 
 def allocated_bytes() -> dict[str, int]:
-    """Bytes torch holds per accelerator; empty without one."""
-    if not torch.cuda.is_available():
-        return {}
-    return {f"cuda:{i}": torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count())}
+    """Bytes in use per device: by torch's allocator on accelerators, of live tensors in RAM."""
+    found = {"cpu": _ram_bytes()}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found[f"cuda:{index}"] = torch.cuda.memory_allocated(index)
+    return found
+
+
+def _ram_bytes() -> int:
+    """Bytes of every tensor in RAM that Python can reach; each storage counts once."""
+    sizes: dict[int, int] = {}
+    for thing in gc.get_objects():
+        # by type: `isinstance` asks the thing itself, and a lazy proxy would begin to import
+        if not issubclass(type(thing), torch.Tensor):
+            continue
+        try:
+            if thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        except (RuntimeError, NotImplementedError):  # only wraps others, or is not in RAM at all
+            continue
+    return sum(sizes.values())
 
 
 def reclaim(reference: "weakref.ref[Any] | None", before: dict[str, int]) -> None:
@@ -270,8 +304,9 @@ def reclaim(reference: "weakref.ref[Any] | None", before: dict[str, int]) -> Non
             hint="the strategy keeps it somewhere: drop it in `release`",
             failure_class="F21",
         )
-    for device, now in allocated_bytes().items():
-        more = now - before.get(device, 0)
+    now = allocated_bytes()
+    for device, size in before.items():
+        more = now.get(device, 0) - size
         if more > SLACK_BYTES:
             raise LoadFailed(
                 f"{device} still holds {more / 2**20:.0f} MiB of a failed attempt (F21)",

@@ -22,11 +22,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Planned bytes on one device."""
+    """Planned bytes on one device. parts says what `overhead` is made of, and adds up to it."""
 
     weights: int = 0
     kv: int = 0
     overhead: int = 0
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -45,8 +46,9 @@ class Placement:
     allows             intended findings the certificate accepts: "offload", or names of tensors
                        whose absence or values are meant (F3, F15, F16)
     quantized          linear layers that must be quantised after the load; None if unknown
+    packed             linear layers that get a packed copy after the load; its bytes are weights
     kv_bytes_per_token KV cache of one token over all layers
-    kv_tokens          tokens of KV reserved: max_context x max_sequences
+    kv_tokens          tokens of KV reserved: max_context x max_sequences, or less if so configured
     parameters         of the whole model, tied ones once
     dtype              of the weights and the KV cache, torch's name
     context            most tokens of one sequence: max_context, or the model's own lower limit
@@ -62,6 +64,7 @@ class Placement:
     main_device: str | None = None
     allows: frozenset[str] = frozenset()
     quantized: int | None = None
+    packed: int = 0
     kv_bytes_per_token: int = 0
     kv_tokens: int = 0
     parameters: int | None = None

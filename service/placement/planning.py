@@ -1,6 +1,7 @@
 """From a model and a machine to a Placement; KV is reserved first."""
 
 import importlib.util
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,23 +11,30 @@ from service.errors import DoesNotFit
 from service.errors import PlacementMismatch
 from service.errors import PlacementUnavailable
 from service.placement import fitting
+from service.placement import notes
+from service.placement import overhead
 from service.placement.hardware import Hardware
 from service.placement.plan import DeviceMemory
 from service.placement.plan import Placement
 from service.placement.plan import Unit
 from service.placement.plan import device_of
+from service.placement.sizes import in_words
 
 GIB = 2**30
-# transfer rates for the stated slowdown of an offload, bytes a second: PCIe 4.0 x16 in practice,
-# an NVMe disk
-PCIE = 20e9
-DISK = 2e9
-# share of the weights and KV that allocators lose to rounding and fragmentation
-FRAGMENTATION = 0.02
+# the shortest context that is offered instead
+LEAST = 256
 
 
-def on_one_device(config: ModelConfig, hardware: Hardware, device: str) -> Placement:
+def on_one_device(
+    config: ModelConfig,
+    hardware: Hardware,
+    device: str,
+    change: Callable[[Any], Any] | None = None,
+) -> Placement:
     """The whole model on one device, "cpu" or "cuda:N".
+
+    change: gets the measured Footprint and returns the one to plan with, for a strategy whose
+    `load` alters the model.
 
     Raises PlacementUnavailable if the device or bitsandbytes is missing, DoesNotFit with what
     would fit.
@@ -34,10 +42,11 @@ def on_one_device(config: ModelConfig, hardware: Hardware, device: str) -> Place
     budget = budgets(config, hardware, [device])[device]
     need_quantizer(config)
     footprint = _measure(config, hardware, device)
-    overhead = _overhead(footprint.activations, footprint.weights + footprint.kv)
-    short = footprint.weights + footprint.kv + overhead - budget
-    if short > 0:
-        raise _does_not_fit(config, footprint, {device: budget - overhead})
+    if change is not None:
+        footprint = change(footprint)
+    beside = sum(_overhead(footprint, [device]).values())
+    if footprint.weights + footprint.kv + beside > budget:
+        raise _does_not_fit(config, footprint, {device: budget - beside})
     return _placed(config, footprint, [device], {unit.name: device for unit in footprint.units})
 
 
@@ -51,8 +60,8 @@ def spread(config: ModelConfig, hardware: Hardware) -> Placement:
     names = [gpu.id for gpu in hardware.gpus] or ["cpu"]
     room = budgets(config, hardware, names)
     footprint = _measure(config, hardware, names[0])
-    overhead = _overhead(footprint.activations, (footprint.weights + footprint.kv) // len(names))
-    room = {device: size - overhead for device, size in room.items()}
+    beside = sum(_overhead(footprint, names).values())
+    room = {device: size - beside for device, size in room.items()}
     parts = [unit for unit in footprint.units if unit.name not in footprint.ties]
     places = fitting.balance(parts, room)
     if places is None and config.on_no_fit != "refuse":
@@ -82,10 +91,10 @@ def mapped(config: ModelConfig, hardware: Hardware, module_map: Mapping[str, str
     made = _placed(config, footprint, names, _expand(footprint, module_map))
     for device, memory in made.memory.items():
         if memory.total > room[device]:
-            needs = f"{_gib(memory.weights)} of weights, {_gib(memory.kv)} of KV cache"
+            needs = f"{in_words(memory.weights)} of weights, {in_words(memory.kv)} of KV cache"
             raise DoesNotFit(
-                f"{device} would need {needs} and {_gib(memory.overhead)} of overhead, and has "
-                f"{_gib(room[device])} (F20)",
+                f"{device} would need {needs} and {in_words(memory.overhead)} of overhead, and has "
+                f"{in_words(room[device])} (F20)",
                 hint=f"map less to {device}, or lower max_context or max_sequences",
                 failure_class="F20",
             )
@@ -153,15 +162,19 @@ def _placed(
             failure_class="F12",
         )
     held = fitting.staged(away)
-    overhead = _overhead(footprint.activations, (footprint.weights + footprint.kv) // len(names))
+    beside = _overhead(footprint, names)
     memory = {}
     for device in used:
         here = [unit for unit in footprint.units if module_map[unit.name] == device]
         runs = device in names
+        parts = dict(beside) if runs else {}
+        if device == main and held.weights:
+            parts["passing"] = held.weights
         memory[device] = DeviceMemory(
             sum(unit.weights for unit in here),
             (sum(unit.kv for unit in here) if runs else 0) + (held.kv if device == main else 0),
-            (overhead if runs else 0) + (held.weights if device == main else 0),
+            sum(parts.values()),
+            parts,
         )
     resting = {d: m.weights for d, m in memory.items() if d not in names}
     whole = set(module_map.values()) == {main}
@@ -171,7 +184,7 @@ def _placed(
         module_map={"": main} if whole else module_map,
         memory=memory,
         load_kwargs=load_kwargs(
-            config, footprint.dtype, {"": _torch_key(main)} if whole else device_map
+            config, footprint.dtype, {"": _torch_key(main)} if whole else device_map, footprint.keep
         ),
         main_device=main,
         allows=frozenset({"offload"}) if away else frozenset(),
@@ -183,8 +196,11 @@ def _placed(
         context=footprint.context,
         units=footprint.units,
         notes=(
-            *_context_note(config, footprint.context),
-            *_offload_notes(resting, footprint.weights),
+            *notes.about_context(config, footprint.context),
+            *notes.about_files(config, footprint),
+            *notes.about_kv(footprint),
+            *notes.about_path(footprint),
+            *notes.about_offload(resting, footprint.weights),
         ),
     )
 
@@ -193,18 +209,23 @@ def _does_not_fit(config: ModelConfig, footprint: Any, room: Mapping[str, int]) 
     """The error of a model that is too large (F20). room: device -> bytes for weights and KV."""
     have = sum(room.values())
     short = footprint.weights + footprint.kv - have
-    needs = f"{_gib(footprint.weights)} of weights and {_gib(footprint.kv)} of KV cache"
+    needs = f"{in_words(footprint.weights)} of weights and {in_words(footprint.kv)} of KV cache"
     see = f"see: moorage plan --deployment {config.deployment}"
     return DoesNotFit(
-        f"{config.model_id} needs {needs}; {' and '.join(room)} can take {_gib(max(have, 0))} "
-        f"beside the overhead, {_gib(max(short, 0))} short (F20)",
+        f"{config.model_id} needs {needs}; {' and '.join(room)} can take {in_words(max(have, 0))} "
+        f"beside the overhead, {in_words(max(short, 0))} short (F20)",
         hint=f"{_would_fit(config, footprint, have)}; {see}",
         failure_class="F20",
     )
 
 
-def load_kwargs(config: ModelConfig, dtype: str, device_map: Mapping[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` gets: safe formats, local files, our own device map."""
+def load_kwargs(
+    config: ModelConfig, dtype: str, device_map: Mapping[str, Any], keep: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """What `from_pretrained` gets: safe formats, local files, our own device map.
+
+    keep: modules that must not be quantised; empty: those that transformers keeps itself.
+    """
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "device_map": dict(device_map),
@@ -219,18 +240,19 @@ def load_kwargs(config: ModelConfig, dtype: str, device_map: Mapping[str, Any]) 
     if rests and len(device_map) > 1 and config.offload_folder is not None:
         kwargs["offload_folder"] = str(config.offload_folder)
     if config.quantize != "none":
-        kwargs["quantization_config"] = quantization(config.quantize, dtype)
+        kwargs["quantization_config"] = quantization(config.quantize, dtype, keep)
     return kwargs
 
 
-def quantization(quantize: str, dtype: str) -> Any:
+def quantization(quantize: str, dtype: str, keep: tuple[str, ...] = ()) -> Any:
     """bitsandbytes' settings for one of our names; products are computed in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep) or None)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=list(keep) or None,  # of 4-bit formats, too
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
@@ -238,7 +260,12 @@ def quantization(quantize: str, dtype: str) -> Any:
 
 
 def need_quantizer(config: ModelConfig) -> None:
-    """Raise PlacementUnavailable if `quantize` needs a package that is not installed."""
+    """Raise PlacementUnavailable if `quantize` needs a package that is not installed, or cpu."""
+    if config.quantize == "int4":
+        raise PlacementUnavailable(
+            f"strategy {config.strategy} cannot do quantize: int4, a format of strategy cpu",
+            hint="use quantize: nf4, which is as small, or strategy: cpu",
+        )
     if config.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise PlacementUnavailable(
             f"quantize: {config.quantize} needs bitsandbytes, which is not installed.",
@@ -276,7 +303,10 @@ def budgets(config: ModelConfig, hardware: Hardware, devices: list[str]) -> dict
 def _measure(config: ModelConfig, hardware: Hardware, device: str) -> Any:
     from service.placement import footprint
 
-    return footprint.measure(config, on_cpu=device == "cpu", native_bfloat16=hardware.cpu.bfloat16)
+    cpu = hardware.cpu
+    return footprint.measure(
+        config, on_cpu=device == "cpu", native_bfloat16=cpu.bfloat16, threads=cpu.cores
+    )
 
 
 def _stores(config: ModelConfig, hardware: Hardware, names: list[str]) -> dict[str, int]:
@@ -294,49 +324,34 @@ def _disk(config: ModelConfig, hardware: Hardware) -> int:
     return min(free, config.max_memory.get("disk", free))
 
 
-def _overhead(activations: int, resident: int) -> int:
-    return activations + int(resident * FRAGMENTATION)
+def _overhead(footprint: Any, names: list[str]) -> dict[str, int]:
+    """The parts of the overhead of each of the devices that compute."""
+    resident = (footprint.weights + footprint.kv) // len(names)
+    return overhead.parts(footprint, resident, on_cuda=footprint.on_cuda)
 
 
 def _would_fit(config: ModelConfig, footprint: Any, budget: int) -> str:
     """What would fit if only the KV were smaller: "fits 1 x 8192 or 4 x 2048 tokens"."""
     left = budget - footprint.weights
-    per_token = footprint.kv / max(1, footprint.kv_tokens)
-    tokens = int(left / per_token) if left > 0 and per_token else 0
-    if tokens < 256:
+    context = footprint.context
+    while context > LEAST and footprint.kv_of(context, 1) > left:
+        context = max(LEAST, context // 2)
+    if footprint.kv_of(context, 1) > left:
         smaller = "set quantize: nf4, or " if config.quantize == "none" else ""
         return f"the weights alone fill it: {smaller}choose another strategy or a smaller model"
-    context = min(footprint.context, tokens)
-    many = max(1, tokens // max(256, context // 4))
+    short = min(context, max(LEAST, context // 4))
     return (
-        f"it fits max_sequences {tokens // context} x max_context {context}, "
-        f"or {many} x {max(256, context // 4)}"
+        f"it fits max_sequences {_most(footprint, context, left)} x max_context {context}, "
+        f"or {_most(footprint, short, left)} x {short}"
     )
 
 
-def _context_note(config: ModelConfig, context: int) -> tuple[str, ...]:
-    if context == config.max_context:
-        return ()
-    return (
-        f"max_context is {context:,}, the model's own limit; {config.max_context:,} was asked.",
-    )
-
-
-def _offload_notes(away: Mapping[str, int], weights: int) -> tuple[str, ...]:
-    notes = []
-    for device, size in away.items():
-        rate, path = (PCIE, "PCIe") if device == "cpu" else (DISK, "the disk")
-        notes.append(
-            f"{_gib(size)} ({size / weights:.0%} of weights) rest on {device}; every step copies "
-            f"them over {path}, about {size / rate:.2g} s a token more."
-        )
-    return tuple(notes)
+def _most(footprint: Any, context: int, left: int) -> int:
+    """The most sequences whose KV fits into `left` bytes, one or more."""
+    one, two = footprint.kv_of(context, 1), footprint.kv_of(context, 2)
+    return 1 + max(0, (left - one) // (two - one)) if two > one else 1
 
 
 def _torch_key(device: str) -> str | int:
     """accelerate takes accelerators as numbers; with strings its main device is random (F22)."""
     return int(device.partition(":")[2]) if device.startswith("cuda:") else device
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

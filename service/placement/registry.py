@@ -87,7 +87,7 @@ class Strategy:
             return self.hooks[hook](**arguments)
         except ServiceError:
             raise
-        except Exception as error:  # a plugin may raise anything; the operator gets its name
+        except (Exception, SystemExit) as error:  # a plugin may raise anything, or want to leave
             raise self._broke(hook, f"raised {finding.describe(error)}") from error
 
     def _broke(self, hook: str, what: str) -> PluginError:
@@ -211,8 +211,8 @@ def settle(
 ) -> Deployment:
     """The deployment with this strategy's defaults, and its options checked.
 
-    Options belong to the deployment's first strategy; a fallback runs with its own defaults.
-    Raises ConfigError.
+    Options belong to the deployment's first strategy; another runs with its own defaults.
+    Raises ConfigError, or PluginError if the strategy's `Options` break.
     """
     changes: dict[str, Any] = {"strategy": strategy.name}
     for key, value in strategy.defaults.items():
@@ -234,6 +234,9 @@ def settle(
             changes["options"] = schema.model_validate(dict(words))
         except ValidationError as error:
             raise ConfigError(_option_problems(error, schema, strategy.name, origins)) from None
+        except Exception as error:  # a validator of the plugin may raise anything
+            what = f"Options raised {finding.describe(error)}"
+            raise PluginError(f"strategy {strategy.name}: {what} ({strategy.source})") from error
         # a model without `extra="forbid"` drops what it does not know; we refuse it all the same
         unknown = [key for key in words if key not in _option_names(schema)]
         if unknown and schema.model_config.get("extra", "ignore") == "ignore":

@@ -98,8 +98,17 @@ def scales_of(module: Any) -> list[torch.Tensor]:
     return found
 
 
+def own_scales(module: Any) -> list[torch.Tensor]:
+    """The scales of an int8 or int4 linear of our own, which are among its parameters."""
+    scale = getattr(module, "scale", None)
+    return [scale] if isinstance(scale, torch.Tensor) else []
+
+
 def nbytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements, also on meta."""
+    """Bytes of a tensor's elements, also on meta; of an opaque one, all it takes."""
+    if tensor.is_mkldnn:
+        size: int = torch.ops.mkldnn._nbytes(tensor)
+        return size
     return tensor.numel() * tensor.element_size()
 
 

@@ -31,6 +31,7 @@ _MOVERS = frozenset(
         "new_empty",
         "to",
         "set_",
+        "device",
     )
 )
 
@@ -44,6 +45,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operators = 0
         # the module whose operator raised; the stack has unwound when anybody asks
         self.failed_in: str | None = None
+        # the innermost of the modules that ended without a result just now: the one that raises
+        self.left_with_nothing: str | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -68,9 +71,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 failure_class="F1",
                 tensors=[where],
             )
-        # a CPU scalar may join tensors of any device; that is torch's own rule
-        devices = {str(t.device) for t in tensors if t.dim() > 0}
-        if len(devices) > 1 and not operator.startswith("index"):
+        # a CPU scalar may join tensors of any device, and so may a CPU index: torch's own rules
+        devices = {str(t.device) for t in tensors if t.dim() > 0 or t.device.type != "cpu"}
+        if operator.startswith("index"):
+            devices.discard("cpu")
+        if len(devices) > 1:
             raise PlacementMismatch(
                 f"{where} mixes {' and '.join(sorted(devices))} in one operation ({operator})",
                 failure_class="F17",
@@ -79,20 +84,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _named(model: torch.nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the modules being run on `stack`, innermost last.
+def _named(model: torch.nn.Module, watch: _Watch) -> Iterator[None]:
+    """Keep the names of the modules being run in `watch.modules`, innermost last.
 
     Wraps nothing: hooks are registered and removed, so offload hooks that replace `forward` still
     run.
     """
     handles = []
+    stack = watch.modules
     for name, module in model.named_modules():
 
         def enter(_module: Any, _args: Any, name: str = name) -> None:
             stack.append(name or type(model).__name__)
+            watch.left_with_nothing = None
 
-        def leave(_module: Any, _args: Any, _output: Any) -> None:
-            stack.pop()
+        def leave(_module: Any, _args: Any, output: Any) -> None:
+            left = stack.pop()
+            if output is None and watch.left_with_nothing is None:
+                watch.left_with_nothing = left
 
         # first of all, because `leave` runs also when somebody else's hook raises
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
@@ -102,6 +111,14 @@ def _named(model: torch.nn.Module, stack: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watched(model: torch.nn.Module) -> Iterator[_Watch]:
+    """See every operator of the model's forwards; raises PlacementMismatch as `forward` does."""
+    watch = _Watch()
+    with torch.inference_mode(), _named(model, watch), watch:
+        yield watch
 
 
 def forward(
@@ -117,15 +134,30 @@ def forward(
     """
     watch = _Watch()
     try:
-        with torch.inference_mode(), _named(model, watch.modules), watch:
-            logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        with torch.inference_mode(), _named(model, watch), watch:
+            logits: torch.Tensor = _answer(model(**inputs, use_cache=False))
     except PlacementMismatch:
         raise
     except Exception as error:  # a model may raise anything; the operator gets the module's name
-        if watch.failed_in is None:
+        failed_in = watch.failed_in or _quantised(model, watch.left_with_nothing)
+        if failed_in is None:
             raise
-        raise _cannot_run(model, watch.failed_in, error) from error
+        raise _cannot_run(model, failed_in, error) from error
     return logits, watch.operators
+
+
+def _answer(output: Any) -> torch.Tensor:
+    """Logits, or the hidden states of a model without a head."""
+    logits = getattr(output, "logits", None)
+    values: torch.Tensor = output.last_hidden_state if logits is None else logits
+    return values
+
+
+def _quantised(model: torch.nn.Module, name: str | None) -> str | None:
+    """`name` if it is of a quantised layer: bitsandbytes refuses some sizes before any operator."""
+    module = dict(model.named_modules()).get(name or "")
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return name if state is not None else None
 
 
 def _cannot_run(model: torch.nn.Module, name: str, error: Exception) -> PlacementMismatch:
@@ -135,9 +167,11 @@ def _cannot_run(model: torch.nn.Module, name: str, error: Exception) -> Placemen
     if state is None:
         return PlacementMismatch(f"{name} cannot run: {words}", tensors=[name])
     size, block = getattr(module, "in_features", "?"), getattr(state, "blocksize", "?")
+    fact = f"its input size is {size}"
+    if isinstance(size, int) and isinstance(block, int) and size % block == 0:
+        fact = f"its output size is {getattr(module, 'out_features', '?')}"
     return PlacementMismatch(
-        f"{name} is quantised and cannot run: its input size is {size} and the block size is "
-        f"{block} (F14); {words}",
+        f"{name} is quantised and cannot run: {fact} and the block size is {block} (F14); {words}",
         hint="set quantize: none or int8, or take a model whose sizes are multiples of the block "
         "size",
         failure_class="F14",

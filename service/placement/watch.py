@@ -308,7 +308,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 def _seen(tensor: torch.Tensor) -> Seen:
     try:
-        address = tensor.data_ptr()
+        opaque = tensor.is_mkldnn
+        address = torch.ops.mkldnn.data_ptr(tensor) if opaque else tensor.data_ptr()
     except RuntimeError:  # a tensor that only wraps others has no storage of its own
         address = 0
     dtype = str(tensor.dtype).removeprefix("torch.")

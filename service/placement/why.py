@@ -11,8 +11,7 @@ from service.placement.plan import Placement
 from service.placement.plan import Unit
 from service.placement.plan import device_of
 from service.placement.registry import Strategy
-
-GIB = 2**30
+from service.placement.sizes import in_words
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ def explain_module(
     """
     unit = _unit(name, placement)
     device = device_of(unit.name, placement.module_map) or "?"
-    facts = [f"{unit.name} has {_size(unit.weights)} of weights and {_size(unit.kv)} of KV cache"]
+    facts = [
+        f"{unit.name} has {in_words(unit.weights)} of weights and {in_words(unit.kv)} of KV cache"
+    ]
     if not unit.weights and not unit.kv:
         facts = [f"{unit.name} has no bytes of its own: it shares a tensor"]
     facts.append(_reason(unit, device, hardware, placement))
@@ -69,7 +70,7 @@ def _reason(unit: Unit, device: str, hardware: Hardware, placement: Placement) -
     first, last = here[0].name, here[-1].name
     return (
         f"it is on {device} with {len(here)} neighbours from {first} to {last}, cut so that the "
-        f"room left is even: {_size(left)} on {device}"
+        f"room left is even: {in_words(left)} on {device}"
     )
 
 
@@ -107,7 +108,3 @@ def _changes(config: ModelConfig) -> Iterator[tuple[str, str, object]]:
         for changed in (value // 2, value * 2):
             if changed:
                 yield f"--set {key}={changed}", key, changed
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:.1f} MiB"

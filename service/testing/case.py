@@ -99,6 +99,11 @@ class Case:
         self._failure: ServiceError | None = None
         self.unfit: str | None = None  # why it must not be loaded again
 
+    @property
+    def brought(self) -> bool:
+        """Whether the model is the author's own."""
+        return self._model is not None
+
     @cached_property
     def folder(self) -> Path:
         """The model's files: a tiny Llama in float32 unless the author gave his own."""

@@ -39,11 +39,19 @@ from service.testing import reference
 from service.testing import watching
 from service.testing.case import Case
 from service.testing.case import NotRun
+from service.testing.simulated_check import works_on_simulated_accelerators
 
 # largest difference of a logit, as a share of the largest logit, where nothing is rounded
 EXACT = 1e-4
 # else the least cosine similarity of the logits of a token, by what rounds them
-ALIKE = {"bfloat16": 0.99, "float16": 0.99, "Linear8bitLt": 0.98, "Linear4bit": 0.9}
+ALIKE = {
+    "bfloat16": 0.99,
+    "float16": 0.99,
+    "Linear8bitLt": 0.98,
+    "Int8Linear": 0.98,
+    "Linear4bit": 0.9,
+    "Int4Linear": 0.9,
+}
 Check = Callable[[Case], str]
 
 
@@ -287,7 +295,10 @@ def forward_equals_reference(case: Case) -> str:
     loaded = _whole(case)
     ids = reference.sample()["input_ids"]
     try:
-        placed = place(case.strategy.place_inputs, loaded.model, {"input_ids": ids})
+        given = {"input_ids": ids}
+        if loaded.model.config.is_encoder_decoder:
+            given["decoder_input_ids"] = ids
+        placed = place(case.strategy.place_inputs, loaded.model, given)
         sound = placed["input_ids"].device == input_device(loaded.model, case.placement.main_device)
     except ServiceError:
         sound = False
@@ -353,6 +364,7 @@ CHECKS: tuple[tuple[str, Check], ...] = tuple(
         plan_reads_no_weights,
         plan_depends_on_its_arguments,
         refuses_an_empty_machine,
+        works_on_simulated_accelerators,
         load_restores_globals,
         load_returns_a_model,
         load_leaves_nothing_on_meta,

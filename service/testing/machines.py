@@ -1,12 +1,14 @@
 """Invented machines: a plan takes the hardware as an argument, so it can be tested anywhere.
 
-Sizes are in bytes, all of it free.
+Sizes are in bytes, all of it free. Those of cards are what a model may use: what CUDA's libraries
+take of every card comes on top.
 """
 
 from service.placement.hardware import GIB
 from service.placement.hardware import Cpu
 from service.placement.hardware import Gpu
 from service.placement.hardware import Hardware
+from service.placement.overhead import FIXED
 
 MIB = 2**20
 
@@ -18,7 +20,7 @@ def ram(size: int, *, disk: int = 1024 * GIB) -> Hardware:
 
 def cards(*sizes: int, ram: int = 64 * GIB, disk: int = 1024 * GIB) -> Hardware:
     """A machine with GPUs of these sizes."""
-    gpus = tuple(Gpu(index, "card", size, size) for index, size in enumerate(sizes))
+    gpus = tuple(Gpu(index, "card", size + FIXED, size + FIXED) for index, size in enumerate(sizes))
     return Hardware(Cpu(ram, ram, bfloat16=True), gpus, disk)
 
 

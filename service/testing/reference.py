@@ -22,9 +22,14 @@ def sample() -> dict[str, torch.Tensor]:
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Logits of plain transformers, float32 on the CPU, [2, tokens, vocabulary]."""
+    from transformers import AutoConfig
     from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForSeq2SeqLM
 
+    answers = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if answers else AutoModelForCausalLM
+    more = {"decoder_input_ids": ids} if answers else {}
     with guard.LOAD_LOCK, loading.observed(lambda share: None), torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        found: torch.Tensor = model(input_ids=ids, **more, use_cache=False).logits
         return found

@@ -14,6 +14,7 @@ from service.placement.hardware import Hardware
 from service.testing import case as cases
 from service.testing import contract
 from service.testing.case import Case
+from service.testing.simulated_check import works_on_simulated_accelerators
 
 
 class StrategyContract:
@@ -61,6 +62,9 @@ class StrategyContract:
 
     def test_refuses_an_empty_machine(self, case: Case) -> None:
         _hold(contract.refuses_an_empty_machine, case)
+
+    def test_works_on_simulated_accelerators(self, case: Case) -> None:
+        _hold(works_on_simulated_accelerators, case)
 
     def test_load_restores_globals(self, case: Case) -> None:
         _hold(contract.load_restores_globals, case)

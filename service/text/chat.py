@@ -3,10 +3,12 @@
 import functools
 import logging
 import re
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -44,15 +46,29 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], max_context: int
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    max_context: int,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """Token ids of a conversation, by the model's own template, ready for an answer.
+    """Token ids of a conversation: `ids_of` what `render` makes of it, with what that raises."""
+    return ids_of(tokenizer, render(tokenizer, messages, max_context, tools))
 
-    messages: `role` and `content`, both text, and whatever else the template reads, all of it text.
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    max_context: int,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The text of a conversation, by the model's own template, ready for an answer.
+
+    messages: `role` and `content`, both text, and whatever else the template reads: text, and
+    lists and objects of it. tools: what the model is told it may call.
     Raises InvalidRequest when the model has no template, when the template refuses the messages,
-    or when a message contains one of the model's control tokens (it would end the message and
-    start another, in somebody else's name); ContextTooLong when the text cannot be `max_context`
-    tokens or fewer, before any tokenising.
+    or when they or the tools contain one of the model's control tokens (it would end the message
+    and start another, in somebody else's name); ContextTooLong when the text cannot be
+    `max_context` tokens or fewer, before any tokenising.
     """
     if tokenizer.chat_template is None:
         raise InvalidRequest(
@@ -60,17 +76,44 @@ def encode(
             param="messages",
             hint="send a prompt to /v1/completions",
         )
+    characters = 0
     control = vocabulary(tokenizer).control
-    for at, message in enumerate(messages):
-        for key, value in message.items():
-            if control is not None and (found := control.search(value)):
-                raise InvalidRequest(
-                    f"messages[{at}].{key} contains {found[0]}, a control token of this model",
-                    param=f"messages[{at}].{key}",
-                    hint="take it out, or write the whole prompt yourself for /v1/completions",
-                )
-    _refuse_endless(tokenizer, sum(len(m["content"]) for m in messages), max_context, "messages")
-    return _ids(tokenizer, _render(tokenizer, messages), special=False)
+    for where, text in _texts(messages, tools):
+        characters += len(text)
+        if control is not None and (found := control.search(text)):
+            raise InvalidRequest(
+                f"{where} contains {found[0]}, a control token of this model",
+                param=where,
+                hint="take it out, or write the whole prompt yourself for /v1/completions",
+            )
+    _refuse_endless(tokenizer, characters, max_context, "messages")
+    return _render(tokenizer, messages, tools)
+
+
+def ids_of(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Token ids of a rendered conversation, whose template wrote the control tokens itself."""
+    return _ids(tokenizer, text, special=False)
+
+
+def _texts(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """Every text that a request brings, keys included, with the field that it is in."""
+    fields = [
+        (f"messages[{at}].{key}", value)
+        for at, message in enumerate(messages)
+        for key, value in message.items()
+    ]
+    for where, value in [*fields, *((f"tools[{at}]", tool) for at, tool in enumerate(tools))]:
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            if isinstance(item, str):
+                yield where, item
+            elif isinstance(item, Mapping):
+                waiting += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple):
+                waiting += item
 
 
 def encode_text(
@@ -85,10 +128,17 @@ def encode_text(
     return _ids(tokenizer, prompt, special=True)
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=True,
+            tokenize=False,
         )
     except TemplateError as error:
         message = f"the chat template of this model refuses the messages: {error}"

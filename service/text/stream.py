@@ -37,16 +37,19 @@ def pieces(
     stream: Stream,
     stop: Sequence[str] = (),
     tick_s: float | None = None,
+    *,
+    control: bool = False,
 ) -> Iterator[Piece]:
     """The text of a sequence as it arrives. The last piece, and only that one, has a finish reason.
 
     stop: strings that end the answer. They are found across token boundaries, held back while
     partial, never shown; the sequence is then cancelled in the engine. An empty piece comes
     whenever `tick_s` seconds bring no token, so that the caller can look after its client.
+    control: show control tokens as well, for someone who takes the answer apart by them.
     Raises the ServiceError with which the sequence failed, or EngineStopped if someone else
     cancelled it.
     """
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, control=control)
     finder = StopFinder(stop)
     count = 0
     while True:
@@ -77,15 +80,17 @@ def pieces(
 
 
 class Detokenizer:
-    """Token ids in, text out, without ever taking text back. Special tokens are left out.
+    """Token ids in, text out, without ever taking text back. Special tokens are left out, unless
+    `control`.
 
     All that `feed` and `flush` return, joined, equals `tokenizer.decode` of all ids. The one
     exception: tokenizers with byte fallback (Llama 2) make a whole run of bytes unreadable when
     its end is, and the readable start of such a run has been shown by then.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, control: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._control = control
         # The ids shown last stay in the window before those still to be shown: the text of a token
         # depends on what stands before it (a leading space, the first bytes of a character).
         self._window: list[int] = []
@@ -127,12 +132,14 @@ class Detokenizer:
         self._shown = shown - self._shown
 
     def _decode(self, ids: list[int]) -> str:
-        return decode(self._tokenizer, ids)
+        return decode(self._tokenizer, ids, control=self._control)
 
 
-def decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    """Text of ids without special tokens, spaces as the tokenizer's decoder leaves them."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int], *, control: bool = False) -> str:
+    """Text of ids, special tokens left out unless `control`, spaces as the decoder leaves them."""
+    text = tokenizer.decode(
+        ids, skip_special_tokens=not control, clean_up_tokenization_spaces=False
+    )
     return text if isinstance(text, str) else "".join(text)
 
 

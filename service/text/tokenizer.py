@@ -9,6 +9,9 @@ from service.errors import ModelUnavailable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# sampling settings of a generation_config.json that hold where a request says nothing
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer. Raises ModelUnavailable."""
@@ -46,8 +49,8 @@ def sampling_defaults(model: Any) -> dict[str, float]:
     `do_sample: false` in the file is temperature 0. A file that is silent leaves OpenAI's defaults.
     """
     said = model.generation_config.to_diff_dict()
+    found = {key: said[key] for key in RECOMMENDED if said.get(key) is not None}
     if said.get("do_sample") is False:
-        return {"temperature": 0.0}
-    return {
-        key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None
-    }
+        penalty = "repetition_penalty"  # which greedy answers heed as well
+        return {"temperature": 0.0} | {key: found[key] for key in found if key == penalty}
+    return found

@@ -4,9 +4,13 @@ import select
 import socket
 import threading
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+from service.engine.sequence import Stream
 from service.errors import Overloaded
+from service.web.limits import Account
+from service.web.limits import Accounts
 
 KEPT_FOR_HEALTH = 8
 # Linux says so even when unread bytes stand before the end.
@@ -16,28 +20,45 @@ HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 class Slots:
     """Places for requests that may take long; other threads stay free for health."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, accounts: Accounts | None = None) -> None:
+        """accounts: the limits of each key; without them none has any."""
+        self._accounts = accounts or Accounts({})
         self._count = max(1, threads - KEPT_FOR_HEALTH)
         self._free = threading.BoundedSemaphore(self._count)
 
-    def take(self) -> "Slot":
-        """A place, at once. Raises Overloaded when all are taken."""
+    def take(self, key: str = "") -> "Slot":
+        """A place, at once, for the key of that name.
+
+        Raises RateLimited when the key has used up what it may, Overloaded when all are taken.
+        """
+        account = self._accounts.of(key)
+        account.enter()
         if not self._free.acquire(blocking=False):
+            account.leave()
             raise Overloaded(f"{self._count} requests are open already; try again soon")
-        return Slot(self._free)
+        return Slot(self._free, account)
 
 
 class Slot:
     """One taken place. `release` may be called from any thread and more than once."""
 
-    def __init__(self, free: threading.BoundedSemaphore) -> None:
+    def __init__(self, free: threading.BoundedSemaphore, account: Account) -> None:
         self._free: threading.BoundedSemaphore | None = free
+        self._account = account
+        self._streams: Sequence[Stream] = ()
         self._lock = threading.Lock()
+
+    def follow(self, prompt_tokens: int, streams: Sequence[Stream]) -> None:
+        """Take the prompts' tokens off the key's account now, those of the answers at the end."""
+        self._account.take(prompt_tokens)
+        self._streams = streams
 
     def release(self) -> None:
         with self._lock:
             free, self._free = self._free, None
         if free is not None:
+            self._account.take(sum(stream.completion_tokens for stream in self._streams))
+            self._account.leave()
             free.release()
 
 

@@ -6,9 +6,12 @@ from service.deployment import Deployment
 from service.web import chat
 from service.web import completions
 from service.web import failures
+from service.web import metrics
 from service.web import operations
 from service.web import security
+from service.web import tokens
 from service.web.admission import Slots
+from service.web.limits import Accounts
 
 
 def create_app(deployment: Deployment) -> Flask:
@@ -21,9 +24,12 @@ def create_app(deployment: Deployment) -> Flask:
     app.url_map.merge_slashes = False  # a redirect would be HTML
     app.extensions["moorage"] = deployment
     failures.handle_errors(app)
-    security.guard(app, deployment.config.api_keys)
-    slots = Slots(deployment.config.server.threads)
+    accounts = Accounts(deployment.config.server.key_limits)
+    security.guard(app, deployment.config, accounts)
+    slots = Slots(deployment.config.server.threads, accounts)
     chat.add_routes(app, deployment, slots)
     completions.add_routes(app, deployment, slots)
+    tokens.add_routes(app, deployment, slots)
     operations.add_routes(app, deployment)
+    metrics.add_routes(app, deployment)
     return app

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.errors import InvalidRequest
+from service.errors import SentTooSlowly
 from service.errors import TooLarge
 from service.errors import UnsupportedMediaType
 
@@ -19,7 +20,8 @@ PARAM = 200  # characters of a client's own names in `param`
 def read_json(environ: Mapping[str, Any], limit_bytes: int) -> dict[str, Any]:
     """The JSON object in the body of a WSGI request.
 
-    Raises UnsupportedMediaType, TooLarge beyond `limit_bytes`, InvalidRequest for everything else.
+    Raises UnsupportedMediaType, TooLarge beyond `limit_bytes`, SentTooSlowly, and InvalidRequest
+    for everything else.
     """
     _check_type(environ)
     data = _read(environ, limit_bytes)
@@ -112,6 +114,8 @@ def _read(environ: Mapping[str, Any], limit_bytes: int) -> bytes:
     while missing > 0:
         try:
             part = environ["wsgi.input"].read(min(missing, READ_BYTES))
+        except (TimeoutError, BlockingIOError) as error:
+            raise SentTooSlowly("the body did not arrive in time") from error
         # Each server has errors of its own for a bad chunk or a connection that ended; gunicorn's
         # share no base class with anything but Exception, and all of them mean that the client
         # sent no proper body.

@@ -8,11 +8,16 @@ from flask import Response
 
 from service.deployment import Deployment
 from service.deployment import Serving
-from service.text.chat import encode
+from service.text.chat import ids_of
+from service.text.chat import render
+from service.text.token_texts import token_texts
+from service.web import forms
 from service.web import generation
+from service.web import logprobs
 from service.web.admission import Slots
-from service.web.generation import Answer
 from service.web.generation import Job
+from service.web.generation import Part
+from service.web.generation import Work
 from service.web.schemas import chat_request
 
 
@@ -21,13 +26,21 @@ def add_routes(app: Flask, deployment: Deployment, slots: Slots) -> None:
 
     def read(body: Mapping[str, Any], serving: Serving) -> Job:
         request, ignored = chat_request(body)
-        generation.note_ignored(ignored, unknown_fields)
         generation.check_model(request.model, serving)
-        ids = encode(serving.tokenizer, request.messages, serving.max_context)
-        return Job(request, (tuple(ids),), "messages")
+        tools = forms.tools_of(request, serving)
+        prompt = render(serving.tokenizer, request.messages, serving.max_context, tools)
+        constraint, left_out = forms.constraint(request, serving, prompt)
+        generation.note_ignored([*ignored, *left_out], unknown_fields)
+        return Job(
+            request,
+            (tuple(ids_of(serving.tokenizer, prompt)),),
+            "messages",
+            constraint=constraint,
+            reading=forms.reading_of(request, serving, prompt),
+        )
 
     def chat_completions() -> Response:
-        return generation.answer(deployment, slots, read, ChatShape())
+        return generation.answer(deployment, slots, read, ChatShape)
 
     app.add_url_rule("/v1/chat/completions", view_func=chat_completions, methods=["POST"])
 
@@ -39,20 +52,48 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def __init__(self, work: Work) -> None:
+        self._texts = token_texts(work.serving.tokenizer)
+        self._reported = work.job.request.reported is not None
+        reading = work.job.reading
+        self._readers = [None if reading is None else reading.reader() for _ in work.streams]
+
+    def choice(self, index: int, answer: Part) -> dict[str, Any]:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": answer.finish_reason,
+            "message": self._message(index, answer.text),
+            "logprobs": logprobs.of_chat(self._texts, answer.tokens) if self._reported else None,
+            "finish_reason": self._reason(index, answer),
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        return _chunk(index, {"role": "assistant", "content": "", "refusal": None}, None)
+        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, Part(""))
 
-    def delta(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return _chunk(index, {"content": text} if text else {}, finish_reason)
+    def delta(self, index: int, part: Part) -> dict[str, Any]:
+        reader = self._readers[index]
+        if reader is None:
+            return self._chunk(index, {"content": part.text} if part.text else {}, part)
+        deltas = reader.feed(part.text)
+        if part.finish_reason is not None:
+            deltas += reader.finish()
+        return self._chunk(index, forms.delta_of(deltas), part)
 
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        reader = self._readers[index]
+        if reader is None:
+            return {"role": "assistant", "content": text, "refusal": None}
+        return forms.message_of([*reader.feed(text), *reader.finish()])
 
-def _chunk(index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _reason(self, index: int, part: Part) -> str | None:
+        """Why the answer ended: to call tools, or as the engine says."""
+        reader = self._readers[index]
+        called = reader is not None and reader.calls > 0
+        return "tool_calls" if called and part.finish_reason == "stop" else part.finish_reason
+
+    def _chunk(self, index: int, delta: dict[str, Any], part: Part) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs.of_chat(self._texts, part.tokens) if part.tokens else None,
+            "finish_reason": self._reason(index, part),
+        }

@@ -44,6 +44,7 @@ def log_error(error: ServiceError, request_id: str) -> None:
 
 def _expected(error: ServiceError) -> Response:
     log_error(error, g.request_id)
+    g.record.failed(error)
     return error_response(error)
 
 
@@ -75,6 +76,7 @@ def _http(error: HTTPException) -> Response:
         "param": None,
         "code": error.name.lower().replace(" ", "_"),
     }
+    g.record.code = body["code"]
     response = jsonify({"error": body})
     response.status_code = code
     for name, value in error.get_headers():
@@ -85,6 +87,7 @@ def _http(error: HTTPException) -> Response:
 
 def _unexpected(error: Exception) -> Response:
     LOG.error("request %s failed", g.request_id, exc_info=error)
+    g.record.failed(error)
     response = jsonify({"error": internal(g.request_id)})
     response.status_code = 500
     return response

@@ -1,7 +1,8 @@
 """Which request fields are done, accepted without effect, or refused.
 
 What OpenAI (or vLLM, whose extensions clients use) specifies and would change the answer is done
-or refused with 400 and `param`. docs/api.md shows these tables and a test compares the two.
+or refused with 400 and `param`. docs/api.md has these tables, printed by
+`python -m service.web.reference`.
 """
 
 import json
@@ -18,8 +19,8 @@ from service.web.body import short
 HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",
@@ -32,10 +33,6 @@ HARMLESS = frozenset(
 # nothing.
 _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     # OpenAI
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "n": (1,),
-    "presence_penalty": (0,),
     "store": (False,),
     # vLLM
     "add_generation_prompt": (True,),
@@ -54,12 +51,9 @@ _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -77,14 +71,10 @@ CHAT_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (True,),
-    "logprobs": (False,),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -92,9 +82,6 @@ CHAT_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
 COMPLETION_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     **_NOT_DONE,
     "add_special_tokens": (True,),
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (),
     "max_completion_tokens": (),
     "prompt_embeds": (),
     "response_format": ({"type": "text"},),
@@ -102,14 +89,14 @@ COMPLETION_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
 }
 
 # Of a message.
-MESSAGE_DONE = frozenset({"role", "content", "name"})
+MESSAGE_DONE = frozenset(
+    {"role", "content", "name", "reasoning_content", "tool_call_id", "tool_calls"}
+)
 MESSAGE_HARMLESS = frozenset({"annotations"})
 MESSAGE_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 # Of stream_options. The first two are done; the other only pads chunks against eavesdroppers.

@@ -10,6 +10,8 @@ from service.deployment import Deployment
 from service.deployment import Serving
 from service.errors import NotReady
 from service.errors import PlacementDrifted
+from service.text.tools import tool_use
+from service.web import schemas
 from service.web.failures import error_response
 from service.web.generation import check_model
 
@@ -51,4 +53,20 @@ def _model(serving: Serving) -> dict[str, Any]:
         "created": serving.created,
         "owned_by": "moorage",
         "max_model_len": serving.max_context,
+        "context_length": serving.max_context,
+        "capabilities": _capabilities(serving),
+    }
+
+
+def _capabilities(serving: Serving) -> dict[str, bool]:
+    """What may be asked of this model here."""
+    chat = serving.tokenizer.chat_template is not None
+    tools = chat and tool_use(serving.tokenizer)
+    return {
+        "chat": chat,
+        "completions": True,
+        "streaming": True,
+        "tools": bool(tools and tools.shown and tools.format is not None),
+        "structured_output": "response_format" in schemas.CHAT_DONE,
+        "logprobs": "logprobs" in schemas.CHAT_DONE,
     }

@@ -1,5 +1,6 @@
 """Request bodies to typed, checked values. After this module nothing is checked again."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 from typing import Literal
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from service.errors import InvalidRequest
 from service.errors import UnsupportedParameter
 from service.web import fields
+from service.web import formats
 from service.web.body import kind
 from service.web.body import short
 
@@ -22,12 +24,23 @@ MAX_PROMPTS = 128
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 128
+MAX_CHOICES = 128
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20  # the engine's
 COMPLETION_TOKENS = 16  # what OpenAI specifies for /v1/completions when max_tokens is left out
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
-Message = Mapping[str, str]
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# written in the one way that JSON writes a number, so that no id occurs twice
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+Message = Mapping[str, Any]  # text, but for `tool_calls`
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 class _Model(BaseModel):
@@ -52,7 +65,14 @@ class _Generation(_Model):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -61,6 +81,18 @@ class _Generation(_Model):
 class ChatRequest(_Generation):
     messages: tuple[Message, ...]
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    # see service.web.formats, which has checked them
+    response_format: Mapping[str, Any] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str | tuple[str] = "auto"
+    parallel_tool_calls: bool = True
+
+    @property
+    def reported(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -72,6 +104,16 @@ class CompletionRequest(_Generation):
     """`prompts` holds text or token ids; the ids are not yet compared with the vocabulary."""
 
     prompts: tuple[str | tuple[int, ...], ...]
+    # 0 with `echo` only
+    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def reported(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        return self.logprobs
 
     @property
     def limit(self) -> int:
@@ -80,9 +122,8 @@ class CompletionRequest(_Generation):
 
 
 AnyRequest = TypeVar("AnyRequest", bound=_Generation)
-DONE_BY_BOTH = frozenset(_Generation.model_fields)
 CHAT_DONE = frozenset(ChatRequest.model_fields)
-COMPLETION_DONE = DONE_BY_BOTH | {"prompt"}
+COMPLETION_DONE = frozenset(CompletionRequest.model_fields) - {"prompts"} | {"prompt"}
 
 
 def chat_request(body: Mapping[str, Any]) -> tuple[ChatRequest, list[str]]:
@@ -90,11 +131,17 @@ def chat_request(body: Mapping[str, Any]) -> tuple[ChatRequest, list[str]]:
     kept, unknown = fields.keep_done(body, CHAT_DONE, fields.HARMLESS, fields.CHAT_NOT_DONE)
     _require(kept, "model", "messages")
     kept["messages"] = _messages(kept["messages"], unknown)
+    kept |= formats.checked(kept, unknown)
     request = _checked(ChatRequest, kept, unknown)
     both = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(both) == 2:
         raise InvalidRequest(
             "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens"
+        )
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest(
+            "top_logprobs is for answers with logprobs; set logprobs to true",
+            param="top_logprobs",
         )
     return request, unknown
 
@@ -106,7 +153,19 @@ def completion_request(body: Mapping[str, Any]) -> tuple[CompletionRequest, list
     )
     _require(kept, "model", "prompt")
     kept["prompts"] = _prompts(kept.pop("prompt"))
-    return _checked(CompletionRequest, kept, unknown), unknown
+    request = _checked(CompletionRequest, kept, unknown)
+    if request.best_of not in (None, request.n):
+        raise UnsupportedParameter(
+            f"best_of is {request.best_of}, and n is {request.n}; this server shows every answer"
+            " that it makes",
+            param="best_of",
+            hint="leave best_of out, or send the same as n",
+        )
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest(
+            "max_tokens is 0; give 1 or more, or set echo to true", param="max_tokens"
+        )
+    return request, unknown
 
 
 def _checked(model: type[AnyRequest], kept: dict[str, Any], unknown: list[str]) -> AnyRequest:
@@ -114,6 +173,8 @@ def _checked(model: type[AnyRequest], kept: dict[str, Any], unknown: list[str]) 
         kept["stop"] = _stops(kept["stop"])
     if "stop_token_ids" in kept:
         kept["stop_token_ids"] = _stop_ids(kept["stop_token_ids"])
+    if "logit_bias" in kept:
+        kept["logit_bias"] = _biases(kept["logit_bias"])
     if "stream_options" in kept:
         kept["stream_options"] = _stream_options(kept["stream_options"], unknown)
         if kept.get("stream", False) is False:
@@ -157,7 +218,7 @@ def _message(where: str, given: Any, unknown: list[str]) -> Message:
     if not isinstance(given, dict):
         raise _wrong(where, "an object", given)
     role = given.get("role")
-    if role in ("tool", "function"):
+    if role == "function":
         raise UnsupportedParameter(
             f"{where}.role: {role} messages are not done by this server", param=f"{where}.role"
         )
@@ -170,7 +231,10 @@ def _message(where: str, given: Any, unknown: list[str]) -> Message:
         given, fields.MESSAGE_DONE, fields.MESSAGE_HARMLESS, fields.MESSAGE_NOT_DONE, f"{where}."
     )
     unknown += names
-    message = {"role": ROLES[role], "content": _content(f"{where}.content", kept.get("content"))}
+    message = {"role": ROLES[role], **formats.of_message(where, role, kept, unknown)}
+    if "content" not in kept and "tool_calls" in message:
+        kept["content"] = ""
+    message["content"] = _content(f"{where}.content", kept.get("content"))
     if "name" in kept:
         if not isinstance(kept["name"], str):
             raise _wrong(f"{where}.name", "a string", kept["name"])
@@ -269,6 +333,29 @@ def _stop_ids(given: Any) -> tuple[int, ...]:
         if type(item) is not int:
             raise _wrong(f"stop_token_ids[{at}]", "a token id", item)
     return tuple(given)
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(given, dict):
+        raise _wrong("logit_bias", "an object", given)
+    if len(given) > MAX_BIASES:
+        raise InvalidRequest(
+            f"logit_bias has {len(given)} entries; {MAX_BIASES} are allowed", param="logit_bias"
+        )
+    found = []
+    for token, bias in given.items():
+        if not TOKEN_ID.fullmatch(token):
+            raise InvalidRequest(
+                f"logit_bias has the key {short(token)}, which is no token id", param="logit_bias"
+            )
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise _wrong(f"logit_bias.{token}", "a number", bias)
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(
+                f"logit_bias.{token} is {bias}; give -100 to 100", param=f"logit_bias.{token}"
+            )
+        found.append((int(token), float(bias)))
+    return tuple(found)
 
 
 def _stream_options(given: Any, unknown: list[str]) -> dict[str, Any]:

@@ -1,46 +1,81 @@
 """Who may ask, and the headers every answer has."""
 
-import hashlib
-import hmac
+import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection
 from urllib.parse import quote
+from urllib.parse import urlsplit
 
 from flask import Flask
 from flask import Response
 from flask import g
 from flask import request
-from pydantic import SecretStr
 from werkzeug.exceptions import MethodNotAllowed
 
+from service.config.address import is_loopback
+from service.config.schema import Config
+from service.errors import ForbiddenHost
 from service.errors import InvalidRequest
 from service.errors import Unauthorized
+from service.web import cors
+from service.web import keys
+from service.web.access import Record
+from service.web.access import plain_method
+from service.web.body import short
+from service.web.limits import Accounts
 
 # Everything else needs a key when keys are configured. Endpoints by name, so that no spelling of a
 # path matters.
 OPEN_ENDPOINTS = frozenset({"health_live", "health_ready"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+TIMEOUT_HEADER = "X-Request-Timeout-S"
+TIMEOUT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
 IGNORED_NAMES = 20
 IGNORED_CHARACTERS = 64
+# Nothing that is answered is a page. `Cross-Origin-Resource-Policy` keeps other pages from
+# embedding answers; what cors_origins allows is read by fetch, which it does not concern.
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
-def guard(app: Flask, api_keys: Sequence[SecretStr]) -> None:
+def guard(app: Flask, config: Config, accounts: Accounts) -> None:
     """Check every request before its view, and put the common headers on every response."""
-    digests = [_digest(key.get_secret_value().encode()) for key in api_keys]
+    ring = keys.ring(config)
+    server = config.server
+    hosts = _hosts(config) if not ring.needed else None
 
-    def check() -> None:
+    def check() -> Response | None:
         if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and not request.headers.get("Host"):
             raise InvalidRequest("the Host header is missing")
+        if hosts is not None:
+            _check_host(hosts)
+        preflight = cors.preflight(server.cors_origins)
+        if preflight is not None:
+            return preflight
         if isinstance(request.routing_exception, MethodNotAllowed):
-            return  # Flask raises it next
-        if digests and request.endpoint not in OPEN_ENDPOINTS:
-            _require_key(digests)
+            return None  # Flask raises it next
+        if ring.needed and request.endpoint not in OPEN_ENDPOINTS:
+            _require_key(ring)
+        g.deadline = g.started + _timeout_s(server.request_timeout_s)
+        return None
+
+    def finish(response: Response) -> Response:
+        for name, value in accounts.of(g.record.key).headers().items():
+            response.headers[name] = value
+        cors.allow(response, server.cors_origins)
+        return _finish(response)
 
     app.before_request(_begin)
     app.before_request(check)
-    app.after_request(_finish)
+    app.after_request(finish)
 
 
 def _begin() -> None:
@@ -48,32 +83,75 @@ def _begin() -> None:
     g.ignored = []
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    route = request.url_rule.rule if request.url_rule is not None else "-"
+    g.record = Record(g.request_id, g.started, plain_method(request.method), route)
 
 
 def _finish(response: Response) -> Response:
     headers = response.headers
     headers["x-request-id"] = g.request_id
     headers["openai-processing-ms"] = str(round((time.monotonic() - g.started) * 1000))
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers.setdefault("Cache-Control", "no-store")
+    for name, value in HEADERS.items():
+        headers.setdefault(name, value)
     if g.ignored:
         # The names are the client's own words: encoded, or they could add headers of their own.
         names = [quote(n[:IGNORED_CHARACTERS], safe="[]._-") for n in g.ignored[:IGNORED_NAMES]]
         headers["x-moorage-ignored"] = ", ".join(names)
+    g.record.status = response.status_code
+    if request.method == "HEAD":  # werkzeug does not close an answer without a body
+        g.record.log()
+    else:
+        response.call_on_close(g.record.log)
     return response
 
 
-def _require_key(digests: Sequence[bytes]) -> None:
+def _require_key(ring: keys.KeyRing) -> None:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise Unauthorized("an API key is needed: send the header Authorization: Bearer KEY")
     # WSGI hands out header bytes as latin-1.
-    given = _digest(key.strip().encode("latin-1", "replace"))
-    # All keys are compared, so that the time taken says nothing about which one was near.
-    matches = [hmac.compare_digest(given, digest) for digest in digests]
-    if not any(matches):
+    name = ring.name_of(key.strip().encode("latin-1", "replace"))
+    if name is None:
         raise Unauthorized("this API key is not known")
+    g.record.key = name
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _timeout_s(most_s: float) -> float:
+    """Seconds this request may take: what its header says, and no more than `most_s`."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return most_s
+    if not TIMEOUT.fullmatch(given) or float(given) <= 0:
+        raise InvalidRequest(
+            f"{TIMEOUT_HEADER} is {short(given)}; give seconds, more than 0", param=TIMEOUT_HEADER
+        )
+    return min(float(given), most_s)
+
+
+def _hosts(config: Config) -> Collection[str] | None:
+    """Names a Host header may have beside localhost and addresses; None if any will do.
+
+    A server for this machine only, without keys, is protected by its address alone. A page in a
+    browser on this machine gets round that with a name of its own that suddenly means 127.0.0.1
+    (DNS rebinding), but its requests then carry that name.
+    """
+    bind = config.server.bind
+    if bind.startswith("unix:") or not is_loopback(bind):
+        return None
+    allowed = (urlsplit(origin).hostname for origin in config.server.cors_origins)
+    return frozenset({"localhost", *filter(None, allowed)})
+
+
+def _check_host(hosts: Collection[str]) -> None:
+    given = request.headers.get("Host", "")
+    name = given.rpartition(":")[0] if re.search(r":[0-9]*$", given) else given
+    name = name.strip("[]").rstrip(".").lower()
+    if name in hosts or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise ForbiddenHost(
+            f"the Host header is {short(given)}, which is no name of this machine",
+            hint="use localhost or an address; or configure API keys, which allow every name",
+        ) from None

@@ -7,7 +7,7 @@ import pytest
 
 from service.cli.plan import choices
 from service.cli.plan import table
-from service.placement.explain import Alternative
+from service.placement.alternatives import Alternative
 from service.placement.explain import DevicePlan
 from service.placement.plan import DeviceMemory
 from tests.cli.conftest import Run
@@ -148,7 +148,7 @@ def test_every_alternative_that_is_named_does_fit(run: Run, llama_70b: Path) -> 
     refused = run(*words, "--set", "max_context=16000", "--json")
     assert refused.exit_code == 4
     flags = [a["try"] for a in as_json(refused)["alternatives"] if a["try"].startswith("--")]
-    assert "--set max_sequences=1" in flags
+    assert "--set max_sequences=4" in flags
     for flag in flags:
         result = run(*words, "--set", "max_context=16000", *flag.split())
         assert result.exit_code == 0, flag
@@ -214,3 +214,55 @@ def test_a_module_is_explained_and_an_unknown_one_refused(run: Run, tiny: Path) 
     refused = run(*words, "model.layer.0")
     assert refused.exit_code == 2
     assert "did you mean 'model.layers.0'?" in refused.output
+
+
+CHAIN = "[{strategy: auto-shard, quantize: nf4, max_context: 1024, max_sequences: 1}, cpu]"
+
+
+def test_a_refusal_says_what_each_step_of_fallback_would_plan(run: Run, llama_70b: Path) -> None:
+    words = ("--model", llama_70b, "--strategy", "auto-shard", "--hardware", "2x24GiB,ram=64GiB")
+    result = run("plan", *words, "--set", f"fallback={CHAIN}")
+    assert result.exit_code == 4
+    lines = result.stdout.splitlines()
+    at = lines.index("then, as fallback says")
+    assert lines[at + 1].startswith(
+        "  1  auto-shard with quantize nf4, max_context 1024, max_sequences 1: "
+        "fits, 36.8 GiB of weights; left: "
+    )
+    assert " on cuda:0, " in lines[at + 1]
+    assert lines[at + 2].startswith("  2  cpu: ")
+    assert sum("auto-shard with" in line for line in lines) == 1
+    made = as_json(run("plan", *words, "--set", f"fallback={CHAIN}", "--json"))
+    first, second = made["fallback"]
+    assert (first["strategy"], first["quantize"], first["max_context"]) == (
+        "auto-shard",
+        "nf4",
+        1024,
+    )
+    assert (first["fits"], first["error"], sorted(first["left"])) == (
+        True,
+        None,
+        ["cuda:0", "cuda:1"],
+    )
+    assert all(size >= 0 for size in first["left"].values())
+    assert (second["fits"], second["error"]["code"]) == (False, "does_not_fit")
+
+
+def test_a_device_that_is_not_there_is_followed_by_the_steps_too(run: Run, tiny: Path) -> None:
+    words = ("--model", tiny, "--strategy", "single-gpu", "--set", "fallback=[cpu]")
+    result = run("plan", *words, "--hardware", "ram=8GiB")
+    assert result.exit_code == 4
+    assert "  1  cpu: fits, " in result.stderr
+    assert "strategy single-gpu needs cuda:0" in result.stderr
+
+
+def test_a_plan_that_fits_says_nothing_of_the_steps(run: Run, tiny: Path) -> None:
+    words = ("--model", tiny, "--set", "fallback=[auto-shard]", "--hardware", "ram=8GiB")
+    assert "fallback" not in run("plan", *words).stdout
+    assert as_json(run("plan", *words, "--json"))["fallback"] == []
+
+
+def test_a_step_with_a_name_that_nobody_has_is_refused(run: Run, tiny: Path) -> None:
+    result = run("plan", "--model", tiny, "--set", "fallback=[cppu]")
+    assert result.exit_code == 3
+    assert "fallback[0]: unknown strategy 'cppu'; did you mean 'cpu'?" in result.stderr

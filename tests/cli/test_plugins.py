@@ -127,13 +127,13 @@ def test_check_prints_a_table_and_ends_with_7_if_anything_fails(run: Run, tmp_pa
     (failed,) = (line for line in lines if " fail " in line)
     assert failed.startswith("validate-rejects-faults")
     assert "(validate, faulty.py:9)" in failed
-    assert lines[-1] == "13 passed, 1 failed, 0 not run"
+    assert lines[-1] == "14 passed, 1 failed, 0 not run"
     assert result.stderr == ""
 
 
 def test_check_takes_a_strategy_of_the_config_with_what_flags_say(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    options = "class Options(BaseModel):\n    layers: int\n"
+    options = "class Options(BaseModel):\n    layers: int\n    pack: str = 'off'\n"
     (tmp_path / "mine" / "faulty.py").write_text(
         f"from pydantic import BaseModel\n{FAULTY}\n\n{options}"
     )

@@ -126,7 +126,20 @@ def test_what_init_has_commented_out_loads_too(folder: Path) -> None:
     (folder / "secrets").mkdir()
     (folder / "secrets" / "keys").write_text("k\n")
     config = reading.load(Path("moorage.yaml"), {"HOME": "/home/someone"}, Flags(deployment="gpu"))
-    assert config.deployment.fallback == ("auto-shard", "cpu")
+    assert [(step.strategy, step.changes) for step in config.deployment.fallback] == [
+        ("single-gpu", {"max_context": 2048}),
+        ("auto-shard", {}),
+        ("cpu", {}),
+    ]
+
+
+def test_show_prints_steps_of_fallback_as_they_are_written(folder: Path) -> None:
+    text = "[{strategy: auto-shard, quantize: nf4}, cpu]"
+    result = run("show", "--set", f"fallback={text}")
+    assert result.exit_code == 0, result.output
+    assert f"    fallback: {text}" in result.stdout.splitlines()
+    values = json.loads(run("show", "--json", "--set", f"fallback={text}").stdout)["values"]
+    assert values["fallback"] == [{"strategy": "auto-shard", "quantize": "nf4"}, "cpu"]
 
 
 def test_init_overwrites_only_when_told(folder: Path) -> None:

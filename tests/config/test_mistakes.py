@@ -63,17 +63,48 @@ def test_all_mistakes_of_all_deployments_are_reported_in_the_order_of_the_lines(
         ("load_timeout_s: soon", "load_timeout_s is 'soon'; give a number, more than 0"),
         ("trust_remote_code: yes", "trust_remote_code is 'yes'; give true or false"),
         ("trust_remote_code: 1", "trust_remote_code is 1; give true or false"),
-        ("quantize: nf5", "quantize is 'nf5'; did you mean 'nf4'? Valid: none, nf4, fp4, int8"),
-        ("quantize: 4bit", "quantize is '4bit'; did you mean 'nf4'? Valid: none, nf4, fp4, int8"),
-        ("quantize: gptq", "quantize is 'gptq'; valid: none, nf4, fp4, int8"),
-        ("quantize:", "quantize is empty; did you mean 'none'? Valid: none, nf4, fp4, int8"),
+        (
+            "quantize: nf5",
+            "quantize is 'nf5'; did you mean 'nf4'? Valid: none, nf4, fp4, int8, int4",
+        ),
+        (
+            "quantize: 4bit",
+            "quantize is '4bit'; did you mean 'nf4'? Valid: none, nf4, fp4, int8, int4",
+        ),
+        ("quantize: gptq", "quantize is 'gptq'; valid: none, nf4, fp4, int8, int4"),
+        ("quantize:", "quantize is empty; did you mean 'none'? Valid: none, nf4, fp4, int8, int4"),
         ("on_no_fit: Refuse", "on_no_fit is 'Refuse'; did you mean 'refuse'? Valid: refuse,"),
         ("model: 12", "model is 12; give text, in quotes: '12'"),
         ("model: ''", "model is empty; give text"),
         ("model: [a]", "model is a list; give text"),
         ("strategy_dirs: ./a", "strategy_dirs is './a'; give a list"),
         ("strategy_dirs: ['']", "strategy_dirs[0] is empty; give a path"),
-        ("fallback: [cpu, 3]", "fallback[1] is 3; give text, in quotes: '3'"),
+        (
+            "fallback: [cpu, 3]",
+            "fallback[1] is 3; give the name of a strategy, or {strategy: NAME, quantize: nf4}",
+        ),
+        ("fallback: [{quantize: nf4}]", "fallback[0].strategy is missing"),
+        ("fallback: ['']", "fallback[0].strategy is empty; give text"),
+        (
+            "fallback: [{strategy: cpu, quantise: nf4}]",
+            "fallback[0].quantise: unknown key; did you mean 'quantize'?",
+        ),
+        (
+            "fallback: [{strategy: cpu, options: {}}]",
+            "fallback[0].options: unknown key; 'options' belongs in a deployment or in defaults",
+        ),
+        (
+            "fallback: [{strategy: cpu, quantize: 4bit}]",
+            "fallback[0].quantize is '4bit'; did you mean 'nf4'? Valid: none, nf4, fp4, int8, int4",
+        ),
+        (
+            "fallback: [{strategy: cpu, quantize: }]",
+            "fallback[0].quantize is empty; give a value or leave it out",
+        ),
+        (
+            "fallback: [{strategy: cpu, max_sequences: 0}]",
+            "fallback[0].max_sequences is 0; give 1 or more",
+        ),
         ("options: 4", "options is 4; give a mapping"),
         ("offload_folder: 3", "offload_folder is 3; give a path"),
         ("offload_folder: ' '", "offload_folder is empty; give a path"),
@@ -93,6 +124,16 @@ def test_a_wrong_line_says_what_is_right(refusal: Refusal, line: str, message: s
     error = refusal(f"{HEAD}    {line}\n")
     assert f"moorage.yaml:4:5: deployments.laptop.{message}" in _without_columns(error)
     assert len(error.problems) == 1
+
+
+def test_a_kv_budget_below_one_context_names_its_line_whoever_set_the_context(
+    refusal: Refusal,
+) -> None:
+    """Known only when the layers are joined: the context is the default's here."""
+    error = refusal(f"{HEAD}    kv_tokens: 4095\n")
+    (problem,) = error.problems
+    assert problem.where == "moorage.yaml:4:5"
+    assert problem.message == "kv_tokens is 4095; give 4096 (max_context) or more"
 
 
 def _without_columns(error: ConfigError) -> str:

@@ -39,7 +39,7 @@ def test_the_documented_example_loads(example: Path, name: str) -> None:
     assert config.name == name
     assert config.deployments == ("laptop", "rig", "mine")
     assert config.deployment.max_context == 8192
-    assert [key.get_secret_value() for key in config.api_keys] == ["first-key"]
+    assert [key.key.get_secret_value() for key in config.api_keys] == ["first-key"]
     assert config.notices == ()
 
 
@@ -54,7 +54,35 @@ def test_values_of_the_example_are_where_the_file_says(example: Path) -> None:
     assert config.origins["options.first_layers_on_cpu"].where() == "moorage.yaml:29:15"
     assert config.origins["fallback[1]"].where() == "moorage.yaml:30:28"
     assert config.deployment.options == {"first_layers_on_cpu": 4}
-    assert config.deployment.fallback == ("auto-shard", "cpu")
+    assert [step.strategy for step in config.deployment.fallback] == ["auto-shard", "cpu"]
+
+
+def test_a_step_of_fallback_has_values_and_origins_of_its_own(load: Load) -> None:
+    config = load(
+        "version: 1\n"
+        "deployments:\n"
+        "  a:\n"
+        "    fallback:\n"
+        "      - {strategy: auto-shard, quantize: nf4, max_context: 1024}\n"
+        "      - cpu\n"
+    )
+    first, second = config.deployment.fallback
+    assert (first.strategy, first.changes) == (
+        "auto-shard",
+        {"quantize": "nf4", "max_context": 1024},
+    )
+    assert (second.strategy, second.changes) == ("cpu", {})
+    assert config.origins["fallback[0].quantize"].where() == "moorage.yaml:5:32"
+    assert config.origins["fallback[1]"].where() == "moorage.yaml:6:9"
+
+
+@pytest.mark.parametrize("by", ["variable", "flag"])
+def test_steps_may_be_written_in_one_line(load: Load, by: str) -> None:
+    text = "[{strategy: auto-shard, quantize: nf4}, cpu]"
+    env = {"MOORAGE_FALLBACK": text} if by == "variable" else {}
+    config = load(None, env, None, *([f"fallback={text}"] if by == "flag" else []))
+    assert [step.changes for step in config.deployment.fallback] == [{"quantize": "nf4"}, {}]
+    assert config.origins["fallback"].layer == ("env" if by == "variable" else "flag")
 
 
 def test_a_later_layer_wins_and_every_origin_is_kept(load: Load) -> None:

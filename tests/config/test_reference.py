@@ -7,6 +7,7 @@ from typing import Any
 from service.config import reference
 from service.config import variables
 from service.config.schema import DeploymentConfig
+from service.config.schema import FallbackStep
 from service.config.schema import ServerConfig
 from service.config.starter import STARTER
 from tests.config.conftest import Load
@@ -41,6 +42,7 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
     schema = reference.json_schema()
     assert set(definition("DeploymentConfig")) == set(DeploymentConfig.model_fields)
     assert set(definition("ServerConfig")) == set(ServerConfig.model_fields)
+    assert set(definition("FallbackStep")) == set(FallbackStep.model_fields)
     for node in (schema, *schema["$defs"].values()):
         assert node["additionalProperties"] is False
     assert schema["required"] == ["version", "deployments"]
@@ -55,6 +57,16 @@ def test_the_schema_accepts_sizes_as_text_and_refuses_unknown_devices() -> None:
     text = next(choice["pattern"] for choice in size["anyOf"] if choice["type"] == "string")
     assert re.search(text, "1.5GiB")
     assert not re.search(text, "lots")
+
+
+def test_a_step_of_fallback_is_a_name_or_a_mapping_without_nulls() -> None:
+    choices = definition("DeploymentConfig")["fallback"]["items"]["anyOf"]
+    assert choices == [{"type": "string"}, {"$ref": "#/$defs/FallbackStep"}]
+    assert definition("FallbackStep")["quantize"] == {
+        "description": "Weight format of this attempt.",
+        "enum": ["none", "nf4", "fp4", "int8", "int4"],
+        "type": "string",
+    }
 
 
 def test_every_size_the_schema_accepts_is_read(load: Load) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from service.config import variables
 from service.config.schema import DeploymentConfig
+from service.config.schema import FallbackStep
+from service.config.schema import KeyLimits
 from service.config.schema import ServerConfig
 from tests.config.conftest import Load
 from tests.config.conftest import Refusal
@@ -19,15 +21,19 @@ VALUES = {
     "MOORAGE_REQUEST_TIMEOUT_S": ("5", 5.0),
     "MOORAGE_GRACE_S": ("7.5", 7.5),
     "MOORAGE_UNKNOWN_FIELDS": ("refuse", "refuse"),
+    "MOORAGE_KEY_LIMITS": ("{key-1: {concurrent: 2}}", {"key-1": KeyLimits(concurrent=2)}),
+    "MOORAGE_CORS_ORIGINS": ("['https://a.example']", ("https://a.example",)),
+    "MOORAGE_LOG_FORMAT": ("json", "json"),
     "MOORAGE_MODEL": ("123", "123"),
     "MOORAGE_STRATEGY": ("'my own'", "my own"),
     "MOORAGE_STRATEGY_DIRS": ("[/a, /b]", (Path("/a"), Path("/b"))),
     "MOORAGE_OPTIONS": ("{a: [1, x], b: yes}", {"a": [1, "x"], "b": "yes"}),
-    "MOORAGE_FALLBACK": ("[cpu]", ("cpu",)),
+    "MOORAGE_FALLBACK": ("[cpu]", (FallbackStep(strategy="cpu"),)),
     "MOORAGE_QUANTIZE": ("int8", "int8"),
     "MOORAGE_DTYPE": ("float32", "float32"),
     "MOORAGE_MAX_CONTEXT": (" 2048 ", 2048),
     "MOORAGE_MAX_SEQUENCES": ("1", 1),
+    "MOORAGE_KV_TOKENS": ("8192", 8192),
     "MOORAGE_ON_NO_FIT": ("offload-cpu", "offload-cpu"),
     "MOORAGE_OFFLOAD_FOLDER": ("/o", Path("/o")),
     "MOORAGE_KEEP_FREE": ("cuda: 1KiB", {"cuda": 1024}),

@@ -1,15 +1,16 @@
 """docs/api.md says what the code does. On a difference, paste what the failing test shows."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from service import errors
+from service.text import constraints
+from service.text.tools import MAX_CALLS
 from service.web import body
-from service.web import fields
+from service.web import formats
+from service.web import generation
+from service.web import reference
 from service.web import schemas
 from service.web.app import create_app
 from tests.support.fake_deployment import FakeDeployment
@@ -17,26 +18,8 @@ from tests.support.fake_deployment import FakeDeployment
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 
 
-def table() -> str:
-    """The table of all request fields, as the page must have it."""
-    chat = column(schemas.CHAT_DONE, fields.CHAT_NOT_DONE)
-    completions = column(schemas.COMPLETION_DONE, fields.COMPLETION_NOT_DONE)
-    rows = ["| field | chat | completions |", "| --- | --- | --- |"]
-    for name in sorted({*chat, *completions}):
-        rows.append(f"| `{name}` | {chat.get(name, '-')} | {completions.get(name, '-')} |")
-    return "\n".join(rows)
-
-
-def column(done: frozenset[str], not_done: Mapping[str, tuple[Any, ...]]) -> dict[str, str]:
-    said = dict.fromkeys(done, "done") | dict.fromkeys(fields.HARMLESS, "no effect")
-    for name, values in not_done.items():
-        nothing = " or ".join(f"`{json.dumps(value)}`" for value in values)
-        said[name] = f"only {nothing}" if nothing else "refused"
-    return said
-
-
 def test_the_table_of_fields_is_what_the_code_does():
-    assert table() in PAGE
+    assert reference.table() in PAGE
 
 
 @pytest.mark.parametrize(
@@ -48,6 +31,14 @@ def test_the_table_of_fields_is_what_the_code_does():
         f"{schemas.MAX_MESSAGES} messages",
         f"{schemas.MAX_PARTS} content parts",
         f"{schemas.MAX_PROMPTS} prompts",
+        f"up to {schemas.MAX_BIASES} token ids",
+        f"up to {schemas.MAX_LOGPROBS} likeliest tokens",
+        f"{generation.MAX_TOLD:,} logprobs at most",
+        f"may have {constraints.MAX_GRAMMAR_CHARACTERS} characters and"
+        f" {constraints.MAX_SCHEMA_DEPTH} levels",
+        f"may not be above {constraints.MAX_MULTIPLE}",
+        f"functions, up to {formats.MAX_TOOLS}",
+        f"Up to {MAX_CALLS} calls",
         f"integers of more than {body.MAX_DIGITS} characters",
         f"nesting deeper than {body.MAX_DEPTH} levels",
     ],

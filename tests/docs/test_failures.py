@@ -19,10 +19,12 @@ SEEN = {
     "F6": "is not on the expected device meta!",
     "F7": "Tensor.item() cannot be called on meta tensors",
     "F8": "lm_head.weight",
+    "F9": "weight is on the meta device, we need a `value`",
     "F10": "weight is on the meta device, we need a `value`",
     "F12": "Some parameters are on the meta device because they were offloaded to the disk.",
     "F14": "shape '[32, 0]' is invalid",
     "F15": "details look at the above report",
+    "F18": "You can't move a model that has some modules offload",
     "F19": "Cannot access accelerator device when none is",
 }
 
@@ -74,17 +76,6 @@ def test_the_words_of_the_libraries_are_those_that_a_reproduction_meets(name: st
     assert words in test.read_text().replace("\\", "")
 
 
-def test_the_table_at_the_top_leads_to_every_class_that_is_seen():
-    table = PAGE.partition("## F1\n")[0]
-    linked = set(re.findall(r"\[(F\d+)\]\(#f\d+\)", table))
-    assert all(f"[{name}](#{name.lower()})" in table for name in linked)
-    assert (
-        {"F1", "F2", "F4", "F6", "F7", "F8", "F10", "F12", "F14", "F15", "F19"}
-        <= linked
-        <= {*CLASSES}
-    )
-
-
 @pytest.mark.parametrize("page", ["docs/errors.md", "README.md"])
 def test_the_pages_where_one_would_look_link_to_it(page: str):
     assert "failures.md)" in (ROOT / page).read_text(encoding="utf-8")
@@ -92,3 +83,18 @@ def test_the_pages_where_one_would_look_link_to_it(page: str):
 
 def test_there_is_one_table_of_classes_only():
     assert not re.search(r"^\| F\d+ \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_has_a_file_of_tests_and_a_trial_of_the_self_test(name: str):
+    from service.testing.self_test.run import TRIALS
+
+    assert name in {trial.failure_class for trial in TRIALS}
+    (test,) = (ROOT / "tests/failures").glob(f"test_f{int(name[1:]):02}_*.py")
+    assert test.read_text().startswith(f'"""{name}: ')
+    assert "def test_plain_" in test.read_text(), "what plain libraries do comes first"
+
+
+def test_the_table_at_the_top_names_every_class():
+    table = PAGE.partition("## F1\n")[0]
+    assert set(re.findall(r"\[(F\d+)\]\(#f\d+\)", table)) == set(CLASSES)

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from service.engine.engine import Engine
-from service.engine.sequence import SamplingParams
+from service.engine.params import SamplingParams
+from service.engine.scheduler import Batch
+from service.engine.sequence import Sequence
+from service.engine.slots import Slots
 from service.errors import ContextTooLong
 from service.errors import DeadlineExceeded
 from service.errors import EngineStopped
@@ -24,6 +27,7 @@ from service.errors import StepFailed
 from tests.engine.scripted import WAIT_S
 from tests.engine.scripted import Gate
 from tests.engine.scripted import ScriptedRunner
+from tests.engine.scripted import fail_on
 from tests.engine.scripted import greedy
 from tests.engine.scripted import idle
 from tests.engine.scripted import read_all
@@ -37,7 +41,7 @@ def start() -> Iterator[Start]:
     engines: list[Engine] = []
 
     def start(runner: ScriptedRunner, **settings: object) -> Engine:
-        engine = Engine(runner, **{"max_sequences": 2, "max_queue": 8, **settings})  # type: ignore[arg-type]
+        engine = Engine(runner, **{"max_queue": 8, **settings})  # type: ignore[arg-type]
         engines.append(engine)
         engine.start()
         return engine
@@ -66,10 +70,10 @@ def test_an_answer_ends_with_stop_before_a_stop_token(start: Start) -> None:
 
 
 def test_long_prompts_go_through_the_model_in_chunks(start: Start) -> None:
-    runner = ScriptedRunner()
-    engine = start(runner, chunk_tokens=4)
+    runner = ScriptedRunner(step_tokens=4)
+    engine = start(runner)
     assert read_all(engine.submit(range(10), greedy(2))) == [10, 11]
-    assert [(ids, at) for _, ids, at in runner.steps] == [
+    assert [(ids, at) for _, ids, at in runner.pieces] == [
         ((0, 1, 2, 3), 0),
         ((4, 5, 6, 7), 4),
         ((8, 9), 8),
@@ -79,7 +83,7 @@ def test_long_prompts_go_through_the_model_in_chunks(start: Start) -> None:
 
 def test_stats_count_what_happens_and_memory_is_freed_before_the_end_is_told(start: Start) -> None:
     gate = Gate()
-    engine = start(ScriptedRunner(before_step=gate), max_sequences=1)
+    engine = start(ScriptedRunner(before_step=gate, max_sequences=1))
     first = engine.submit([1, 2, 3], greedy(2))
     gate.wait_inside()
     second = engine.submit([1], greedy(1))
@@ -157,7 +161,7 @@ def test_prompt_and_answer_fit_the_context_exactly_or_are_refused_in_openais_wor
 
 def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room(start: Start) -> None:
     gate = Gate()
-    engine = start(ScriptedRunner(before_step=gate), max_sequences=1, max_queue=1)
+    engine = start(ScriptedRunner(before_step=gate, max_sequences=1), max_queue=1)
     running = engine.submit([1], greedy(2))
     gate.wait_inside()
     waiting = engine.submit([1], greedy(1))
@@ -172,7 +176,7 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room(start: 
 
 
 def test_nothing_is_taken_before_the_start() -> None:
-    engine = Engine(ScriptedRunner(), max_sequences=1, max_queue=1)  # type: ignore[arg-type]
+    engine = Engine(ScriptedRunner(), max_queue=1)
     assert not engine.alive
     with pytest.raises(EngineStopped, match="not been started"):
         engine.submit([1], greedy(1))
@@ -197,8 +201,8 @@ def test_a_cancelled_stream_stops_at_the_next_step_and_frees_its_memory(start: S
 
 def test_a_cancel_is_seen_between_the_chunks_of_a_prompt(start: Start) -> None:
     gate = Gate()
-    runner = ScriptedRunner(before_step=gate)
-    engine = start(runner, chunk_tokens=4)
+    runner = ScriptedRunner(before_step=gate, step_tokens=4)
+    engine = start(runner)
     stream = engine.submit([1] * 400, greedy(1))
     gate.wait_inside()
     stream.cancel()
@@ -209,8 +213,8 @@ def test_a_cancel_is_seen_between_the_chunks_of_a_prompt(start: Start) -> None:
 
 def test_a_cancelled_stream_leaves_the_queue_without_a_step(start: Start) -> None:
     gate = Gate()
-    runner = ScriptedRunner(before_step=gate)
-    engine = start(runner, max_sequences=1)
+    runner = ScriptedRunner(before_step=gate, max_sequences=1)
+    engine = start(runner)
     running = engine.submit([1], greedy(2))
     gate.wait_inside()
     waiting = engine.submit([50], greedy(2))
@@ -220,13 +224,13 @@ def test_a_cancelled_stream_leaves_the_queue_without_a_step(start: Start) -> Non
     assert waiting.finish_reason == "cancelled"
     gate.open()
     assert read_all(running) == [2, 3]
-    assert {sequence_id for sequence_id, _, _ in runner.steps} == {0}
+    assert {sequence_id for sequence_id, _, _ in runner.pieces} == {0}
 
 
 def test_a_deadline_ends_a_running_and_a_waiting_sequence(start: Start) -> None:
     gate = Gate()
     now = [100.0]
-    engine = start(ScriptedRunner(before_step=gate), max_sequences=1, clock=lambda: now[0])
+    engine = start(ScriptedRunner(before_step=gate, max_sequences=1), clock=lambda: now[0])
     running = engine.submit([1], greedy(500), deadline=110.0)
     gate.wait_inside()
     waiting = engine.submit([1], greedy(500), deadline=105.0)
@@ -244,14 +248,6 @@ def test_a_deadline_ends_a_running_and_a_waiting_sequence(start: Start) -> None:
 
 
 # --- failures
-
-
-def fail_on(token: int, error: BaseException) -> Callable[[int, tuple[int, ...], int], None]:
-    def before_step(sequence_id: int, ids: tuple[int, ...], start: int) -> None:
-        if token in ids:
-            raise error
-
-    return before_step
 
 
 @pytest.mark.parametrize(
@@ -276,12 +272,7 @@ def test_a_step_that_raises_fails_only_its_sequence_and_tells_the_log(
 
 
 def test_logits_that_are_not_finite_fail_only_their_sequence(start: Start) -> None:
-    class Sick(ScriptedRunner):
-        def step(self, sequence_id: int, ids: tuple[int, ...], start: int) -> torch.Tensor:  # type: ignore[override]
-            logits = super().step(sequence_id, ids, start)
-            return logits * float("nan") if 66 in ids else logits
-
-    engine = start(Sick())
+    engine = start(ScriptedRunner(sick=66))
     good = engine.submit([1], greedy(20))
     bad = engine.submit([66], greedy(20))
     with pytest.raises(NonFiniteLogits):
@@ -290,12 +281,65 @@ def test_logits_that_are_not_finite_fail_only_their_sequence(start: Start) -> No
     assert engine.alive
 
 
-def test_parameters_that_make_no_sense_fail_their_sequence_only(start: Start) -> None:
+def test_parameters_out_of_range_are_refused_before_the_queue(start: Start) -> None:
     engine = start(ScriptedRunner())
-    nonsense = SamplingParams(max_tokens=3, temperature="hot")  # type: ignore[arg-type]
-    with pytest.raises(StepFailed):
-        read_all(engine.submit([1], nonsense))
+    with pytest.raises(InvalidRequest, match=r"top_p is 2.0; give from 0 to 1") as refused:
+        engine.submit([1], SamplingParams(max_tokens=3, top_p=2.0))
+    assert refused.value.param == "top_p"
     assert read_all(engine.submit([1], greedy(1))) == [2]
+
+
+class Breaks:
+    """A constraint with a fault of its own."""
+
+    def allowed(self) -> torch.Tensor | None:
+        raise KeyError("state 7")
+
+    def accept(self, token: int) -> None:
+        raise AssertionError("nothing was chosen")
+
+
+def test_a_constraint_that_raises_fails_its_sequence_only(start: Start) -> None:
+    gate = Gate()
+    engine = start(ScriptedRunner(before_step=gate))
+    good = engine.submit([1], greedy(20))
+    gate.wait_inside()
+    bad = engine.submit([1], SamplingParams(max_tokens=3, constraint=Breaks()))
+    gate.open()
+    with pytest.raises(StepFailed, match="constraint of this request raised KeyError"):
+        read_all(bad)
+    assert read_all(good) == list(range(2, 22))
+
+
+def test_a_batch_that_fails_is_run_in_halves_until_the_guilty_one_is_found(start: Start) -> None:
+    gate = Gate()
+    poison = fail_on(66, RuntimeError("guilty"))
+
+    def before_step(batch: Batch) -> None:
+        gate(batch)
+        poison(batch)
+
+    runner = ScriptedRunner(before_step=before_step, max_sequences=8)
+    engine = start(runner)
+    first = engine.submit([99], greedy(30))
+    gate.wait_inside()
+    good = [engine.submit([10 * number], greedy(30)) for number in range(6)]
+    bad = engine.submit([60], greedy(30))
+    gate.open()
+    with pytest.raises(StepFailed):
+        read_all(bad)
+    assert bad.completion_tokens == 6
+    assert read_all(first)[:3] == [0, 1, 2]
+    for number, stream in enumerate(good):
+        tokens = [(10 * number + more) % 100 for more in range(1, 31)]
+        if 66 in tokens[:-1]:
+            with pytest.raises(StepFailed):
+                read_all(stream)
+            assert stream.completion_tokens == tokens.index(66) + 1
+        else:
+            assert read_all(stream) == tokens
+    assert engine.stats().failed == 3
+    assert idle(engine)
 
 
 def test_after_several_failures_in_a_row_the_model_is_tried_and_serves_on_if_it_works(
@@ -303,17 +347,17 @@ def test_after_several_failures_in_a_row_the_model_is_tried_and_serves_on_if_it_
 ) -> None:
     runner = ScriptedRunner(before_step=fail_on(66, RuntimeError("guilty prompt")))
     engine = start(runner)
-    assert runner.warm_ups == 1
+    assert runner.trials == 1
     for _ in range(6):
         with pytest.raises(StepFailed):
             read_all(engine.submit([66], greedy(1)))
         assert read_all(engine.submit([1], greedy(1))) == [2]
-    assert runner.warm_ups == 1  # a success between them: not in a row
+    assert runner.trials == 1  # a success between them: not in a row
     for _ in range(3):
         with pytest.raises(StepFailed):
             read_all(engine.submit([66], greedy(1)))
     assert read_all(engine.submit([1], greedy(1))) == [2]
-    assert runner.warm_ups == 2
+    assert runner.trials == 2
     assert engine.alive
 
 
@@ -325,8 +369,8 @@ def test_an_engine_whose_model_is_broken_for_everyone_dies_instead_of_failing_fo
     died = threading.Event()
     engine = start(runner, on_death=lambda error: (deaths.append(error), died.set()))
     runner.broken = LoadFailed("device lost")
-    for _ in range(3):
-        with pytest.raises(StepFailed):
+    for error in (StepFailed, StepFailed, EngineStopped):
+        with pytest.raises(error):
             read_all(engine.submit([66], greedy(1)))
     assert died.wait(WAIT_S)
     assert deaths == [runner.broken]
@@ -341,7 +385,7 @@ def test_a_warm_up_that_fails_is_raised_by_start_and_is_no_death(error: BaseExce
     runner = ScriptedRunner()
     runner.broken = error
     deaths: list[BaseException] = []
-    engine = Engine(runner, max_sequences=1, max_queue=1, on_death=deaths.append)  # type: ignore[arg-type]
+    engine = Engine(runner, max_queue=1, on_death=deaths.append)
     with pytest.raises(type(error)):
         engine.start()
     assert not engine.alive
@@ -365,7 +409,7 @@ def test_an_engine_starts_once(start: Start) -> None:
 
 def test_a_drain_refuses_new_prompts_and_lets_the_accepted_finish(start: Start) -> None:
     gate = Gate()
-    engine = start(ScriptedRunner(before_step=gate), max_sequences=1)
+    engine = start(ScriptedRunner(before_step=gate, max_sequences=1))
     running, waiting = engine.submit([1], greedy(3)), engine.submit([10], greedy(2))
     gate.wait_inside()
     finished: list[bool] = []
@@ -394,7 +438,7 @@ def _refused(engine: Engine) -> bool:
 
 def test_a_drain_ends_the_rest_at_its_deadline_even_inside_a_step(start: Start) -> None:
     gate = Gate()
-    engine = start(ScriptedRunner(before_step=gate), max_sequences=1)
+    engine = start(ScriptedRunner(before_step=gate, max_sequences=1))
     running, waiting = engine.submit([1], greedy(3)), engine.submit([1], greedy(3))
     gate.wait_inside()
     assert engine.drain(0.0) is False
@@ -414,8 +458,8 @@ def test_an_idle_engine_drains_at_once(start: Start) -> None:
 
 def test_close_ends_every_stream_frees_all_memory_and_may_be_repeated(start: Start) -> None:
     gate = Gate()
-    runner = ScriptedRunner(before_step=gate)
-    engine = start(runner, max_sequences=2)
+    runner = ScriptedRunner(before_step=gate, max_sequences=2)
+    engine = start(runner)
     streams = [engine.submit([1], greedy(50)) for _ in range(4)]
     gate.wait_inside()
     closer = threading.Thread(target=engine.close)
@@ -428,7 +472,7 @@ def test_close_ends_every_stream_frees_all_memory_and_may_be_repeated(start: Sta
     engine.close()
     assert not closer.is_alive()
     assert not engine.alive
-    assert runner.caches == {}
+    assert runner.memory.used_tokens == 0
     with pytest.raises(EngineStopped, match="closed"):
         engine.submit([1], greedy(1))
 
@@ -458,15 +502,15 @@ def test_when_the_engine_thread_dies_all_streams_end_and_on_death_is_called_once
     deaths: list[tuple[BaseException, bool]] = []
     died = threading.Event()
 
-    def before_step(sequence_id: int, ids: tuple[int, ...], start: int) -> None:
-        gate(sequence_id, ids, start)
+    def before_step(batch: Batch) -> None:
+        gate(batch)
         raise error
 
     def on_death(why: BaseException) -> None:
         deaths.append((why, all(stream.ended for stream in streams)))
         died.set()
 
-    engine = start(ScriptedRunner(before_step=before_step), max_sequences=2, on_death=on_death)
+    engine = start(ScriptedRunner(before_step=before_step, max_sequences=2), on_death=on_death)
     streams = [engine.submit([1], greedy(5)) for _ in range(4)]
     gate.wait_inside()
     gate.open()
@@ -485,12 +529,16 @@ def test_when_the_engine_thread_dies_all_streams_end_and_on_death_is_called_once
 
 
 def test_running_out_of_memory_in_the_loop_itself_is_a_death_too(start: Start) -> None:
-    class Leaky(ScriptedRunner):
-        def free(self, sequence_id: int) -> None:
-            raise MemoryError
+    class Leaky(Slots):
+        def free(self, sequence: Sequence, *, failed: bool = False) -> None:
+            super().free(sequence, failed=failed)
+            if sequence.id >= 0:
+                raise MemoryError
 
+    runner = ScriptedRunner()
+    runner.memory = Leaky(2, 1000, share=True)
     died = threading.Event()
-    engine = start(Leaky(), on_death=lambda error: died.set())
+    engine = start(runner, on_death=lambda error: died.set())
     short, long = engine.submit([1], greedy(1)), engine.submit([1], greedy(900))
     assert read_all(short) == [2]  # it had its whole answer
     with pytest.raises(EngineStopped):

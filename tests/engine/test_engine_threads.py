@@ -11,18 +11,14 @@ from service.errors import Overloaded
 from service.errors import StepFailed
 from tests.engine.scripted import WAIT_S
 from tests.engine.scripted import ScriptedRunner
+from tests.engine.scripted import fail_on
 from tests.engine.scripted import greedy
 from tests.engine.scripted import idle
 from tests.engine.scripted import read_all
 
 CLIENTS = 32
-REQUESTS = 25
+REQUESTS = 8
 POISON = 97
-
-
-def poisoned(sequence_id: int, ids: tuple[int, ...], start: int) -> None:
-    if POISON in ids:
-        raise RuntimeError("poison")
 
 
 def run_clients(clients: list[threading.Thread]) -> None:
@@ -34,11 +30,18 @@ def run_clients(clients: list[threading.Thread]) -> None:
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("paged", "kv_tokens"), [(False, None), (True, None), (True, 128)])
 def test_thirty_two_clients_submit_read_cancel_and_fail_at_once(
-    caplog: pytest.LogCaptureFixture,
+    paged: bool, kv_tokens: int | None
 ) -> None:
-    runner = ScriptedRunner(before_step=poisoned)
-    engine = Engine(runner, max_sequences=4, max_queue=20, chunk_tokens=4)  # type: ignore[arg-type]
+    runner = ScriptedRunner(
+        before_step=fail_on(POISON, RuntimeError("poison")),
+        max_sequences=4,
+        step_tokens=8,
+        paged=paged,
+        kv_tokens=kv_tokens,
+    )
+    engine = Engine(runner, max_queue=20)
     engine.start()
     problems: list[str] = []
     outcomes: list[str] = []
@@ -86,16 +89,13 @@ def test_thirty_two_clients_submit_read_cancel_and_fail_at_once(
     assert idle(engine)
     assert engine.alive
     engine.close()
-    assert runner.caches == {}
-    assert len(runner.freed) == len(set(runner.freed))
-    accepted = len(outcomes) - outcomes.count("overloaded")
-    assert len(runner.freed) == accepted
+    assert runner.memory.used_tokens == 0
     assert len(runner.threads) == 1
 
 
 def test_a_close_in_the_middle_ends_everything_that_was_accepted() -> None:
-    runner = ScriptedRunner(capacity=10**6)
-    engine = Engine(runner, max_sequences=4, max_queue=CLIENTS)  # type: ignore[arg-type]
+    runner = ScriptedRunner(capacity=10**6, max_sequences=4)
+    engine = Engine(runner, max_queue=CLIENTS)
     engine.start()
     reading = threading.Barrier(CLIENTS + 1)
     ended: list[str] = []
@@ -112,4 +112,4 @@ def test_a_close_in_the_middle_ends_everything_that_was_accepted() -> None:
     closer = threading.Thread(target=lambda: (reading.wait(WAIT_S), engine.close()))
     run_clients([*clients, closer])
     assert ended == ["stopped"] * CLIENTS
-    assert runner.caches == {}
+    assert runner.memory.used_tokens == 0

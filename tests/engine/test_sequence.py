@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from service.engine.sequence import SamplingParams
+from service.engine.params import SamplingParams
 from service.engine.sequence import Sequence
 from service.engine.sequence import Stream
 from service.errors import EngineStopped

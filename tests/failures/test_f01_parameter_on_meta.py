@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
 
 from service.errors import PlacementMismatch
+from service.testing.self_test.values import stranded
 from tests.support.placing import IDS
 from tests.support.placing import bring_up
 from tests.support.placing import judged
@@ -29,12 +29,6 @@ SILENT = ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False)
-
-
-def stranded(folder: Path, module: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.get_submodule(module).to("meta")
-    return model
 
 
 @pytest.mark.parametrize("module", SILENT)

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
 
 from service.errors import PlacementMismatch
+from service.testing.self_test.values import uncomputed
 from tests.support.placing import judged
 from tests.support.placing import logits
 from tests.support.placing import refusal
 from tests.support.tiny import save_tiny
-from tests.support.tiny import tiny_config
 
 FREQUENCIES = ("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq")
 
@@ -23,19 +21,9 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False)
 
 
-def uncomputed(folder: Path) -> PreTrainedModel:
-    """What many loaders do: an empty model, then every tensor of the checkpoint."""
-    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    with init_empty_weights(include_buffers=True):
-        model = AutoModelForCausalLM.from_config(tiny_config("llama", tie=False)).eval()
-    found = model.load_state_dict(weights, assign=True)
-    assert str(found) == "<All keys matched successfully>"
-    return model
-
-
 def test_plain_torch_says_all_keys_matched_and_leaves_the_buffer_on_meta(folder: Path) -> None:
     """Fails when `load_state_dict` or `init_empty_weights` looks after such buffers."""
-    model = uncomputed(folder)
+    model = uncomputed(folder)  # raises if a key is reported
     assert not any(p.is_meta for p in model.parameters())
     assert [name for name, b in model.named_buffers() if b.is_meta] == list(FREQUENCIES)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor; no data!"):

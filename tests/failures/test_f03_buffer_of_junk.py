@@ -14,6 +14,7 @@ from service.errors import PlacementMismatch
 from service.placement import guard
 from service.placement.certificate import Certificate
 from service.placement.certificate import certify
+from service.testing.self_test.values import Scaled
 from tests.support.placing import IDS
 from tests.support.placing import bring_up
 from tests.support.placing import judged
@@ -25,14 +26,6 @@ from tests.support.placing import variant
 from tests.support.tiny import save_tiny
 
 FREQUENCIES = "model.rotary_emb.inv_freq"
-
-
-class Scaled(LlamaForCausalLM):
-    """What people write: a buffer computed in __init__, and too little to keep in the file."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.register_buffer("scale", torch.arange(1.0, 65.0), persistent=False)
 
 
 class Careful(Scaled):

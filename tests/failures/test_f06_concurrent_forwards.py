@@ -7,7 +7,6 @@ still computing with them.
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,15 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel
 
 from service.engine.engine import Engine
+from service.engine.params import SamplingParams
 from service.engine.runner import Runner
-from service.engine.sequence import SamplingParams
+from service.engine.scheduler import Batch
 from service.placement.certificate import certify
+from service.testing.placing import dispatched
+from service.testing.self_test.serving import ON_DISK
+from service.testing.self_test.serving import interleaved
+from tests.support.engines import last_logits
+from tests.support.engines import prompt_piece
 from tests.support.overlapping import PATIENCE_S
 from tests.support.placing import IDS
 from tests.support.placing import logits
@@ -38,54 +43,9 @@ def expected(folder: Path) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder))
 
 
-def plainly_offloaded(folder: Path) -> PreTrainedModel:
-    places = {
-        "model.embed_tokens": "cpu",
-        "model.layers": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    return AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places, offload_folder=folder.parent / "offload"
-    )
-
-
-def interleaved(model: PreTrainedModel, module: str) -> list[Any]:
-    """Forwards in two threads: when the first has its weights of `module` in place, it waits until
-    the second has run a whole forward. Returns what the first gets: logits or its exception.
-    """
-    target = model.get_submodule(module)
-    compute = target._old_forward
-    second_done = threading.Event()
-    second = threading.Thread(target=lambda: (logits(model), second_done.set()))
-    found: list[Any] = []
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        if threading.current_thread().name == "first" and not second.ident:
-            second.start()
-            assert second_done.wait(PATIENCE_S)
-        return compute(*args, **kwargs)
-
-    target._old_forward = slow
-
-    def run() -> None:
-        try:
-            found.append(logits(model))
-        except RuntimeError as error:
-            found.append(error)
-
-    first = threading.Thread(target=run, name="first")
-    first.start()
-    first.join(PATIENCE_S)
-    second.join(PATIENCE_S)
-    target._old_forward = compute
-    return found
-
-
 def test_plain_transformers_raises_the_founding_error(folder: Path) -> None:
     """Fails when accelerate's hooks keep the weights of one forward apart from another's."""
-    [error] = interleaved(plainly_offloaded(folder), f"{LAYER}.input_layernorm")
+    [error] = interleaved(dispatched(folder, ON_DISK), f"{LAYER}.input_layernorm")
     assert isinstance(error, RuntimeError)
     assert "Tensor on device cpu is not on the expected device meta!" in str(error)
 
@@ -95,7 +55,7 @@ def test_plain_transformers_answers_wrong_without_an_error(
     folder: Path, expected: torch.Tensor, module: str
 ) -> None:
     """Fails as the one above, or when torch refuses meta weights in a product."""
-    model = plainly_offloaded(folder)
+    model = dispatched(folder, ON_DISK)
     torch.testing.assert_close(logits(model), expected)
     scribble(model)
     [values] = interleaved(model, module)
@@ -110,11 +70,13 @@ def test_ours_lets_one_thread_run_the_model(folder: Path, expected: torch.Tensor
 
     def intrude() -> None:
         try:
-            runner.step(1, [1, 2, 3], 0)
+            runner.launch(Batch((), (piece,)))
         except RuntimeError as error:
             refused.append(str(error))
 
-    values = runner.step(0, IDS[0].tolist(), 0)
+    runner.open()
+    piece = prompt_piece(runner, [1, 2, 3])
+    values = last_logits(runner, IDS[0].tolist())
     thread = threading.Thread(target=intrude, name="intruder")
     thread.start()
     thread.join(PATIENCE_S)
@@ -126,8 +88,8 @@ def test_ours_lets_one_thread_run_the_model(folder: Path, expected: torch.Tensor
 def engine(folder: Path) -> Iterator[tuple[Engine, PreTrainedModel]]:
     loaded = offloaded(folder)
     assert certify(loaded).valid
-    runner = Runner(loaded.model, loaded.strategy.place_inputs, max_context=64)
-    engine = Engine(runner, max_sequences=4, max_queue=16)
+    runner = Runner(loaded.model, loaded.strategy.place_inputs, max_context=64, max_sequences=4)
+    engine = Engine(runner, max_queue=16)
     engine.start()
     yield engine, loaded.model
     engine.close()

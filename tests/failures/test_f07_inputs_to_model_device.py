@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
 
 from service.engine.runner import Runner
 from service.errors import PlacementMismatch
@@ -14,32 +13,24 @@ from service.placement.certificate import certify
 from service.placement.inputs import input_device
 from service.placement.inputs import to_input_device
 from service.placement.loading import Loaded
+from service.testing.placing import CPU_PARTS
+from service.testing.placing import dispatched
+from tests.support.engines import last_logits
 from tests.support.placing import IDS
 from tests.support.placing import bring_up
-from tests.support.placing import config_of
 from tests.support.placing import logits
 from tests.support.placing import refusal
 from tests.support.placing import variant
 from tests.support.tiny import save_tiny
 from tests.support.tiny import tiny_config
 
-PLACES = {
-    "model.embed_tokens": "disk",
-    "model.layers": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "cpu",
-}
+ON_DISK = {"model.embed_tokens": "disk"}
+PLACES = {**CPU_PARTS, **ON_DISK}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False)
-
-
-def embedding_on_disk(folder: Path) -> PreTrainedModel:
-    offload = config_of(folder).offload_folder
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=PLACES, offload_folder=offload)
 
 
 def ours(folder: Path, **hooks: Any) -> Loaded:
@@ -68,7 +59,7 @@ def ours(folder: Path, **hooks: Any) -> Loaded:
 
 def test_plain_model_device_is_meta_and_inputs_sent_there_raise(folder: Path) -> None:
     """Fails when `model.device` stops being the first parameter's device."""
-    model = embedding_on_disk(folder)
+    model = dispatched(folder, ON_DISK)
     assert model.device.type == "meta"
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         model(IDS.to(model.device))
@@ -86,7 +77,8 @@ def test_ours_places_right_and_answers_like_the_model_in_ram(folder: Path) -> No
     assert placed["input_ids"].device == torch.device("cpu")
     torch.testing.assert_close(logits(loaded.model, placed["input_ids"]), expected)
     runner = Runner(loaded.model, loaded.strategy.place_inputs, max_context=64)
-    torch.testing.assert_close(runner.step(0, IDS[0].tolist(), 0), expected[0, -1])
+    runner.open()
+    torch.testing.assert_close(last_logits(runner, IDS[0].tolist()), expected[0, -1])
 
 
 def test_a_strategy_that_sends_inputs_to_model_device_is_refused(folder: Path) -> None:

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel
 
 from service.errors import PlacementMismatch
 from service.placement.certificate import certify
 from service.placement.loading import Loaded
 from service.placement.plan import device_of
+from service.testing.placing import dispatched
+from service.testing.self_test.maps import APART
 from tests.support.placing import bring_up
 from tests.support.placing import built_in
-from tests.support.placing import config_of
 from tests.support.placing import judged
 from tests.support.placing import logits
 from tests.support.placing import offloaded
@@ -24,14 +24,6 @@ from tests.support.placing import variant
 from tests.support.tiny import save_tiny
 from tests.support.tiny import tiny_model
 
-APART = {
-    "model.embed_tokens": "cpu",
-    "model.layers": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "disk",
-}
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -39,9 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def apart(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, device_map=APART, offload_folder=config_of(folder).offload_folder
-    )
+    return dispatched(folder, {"lm_head": "disk"})
 
 
 def declared(folder: Path) -> Loaded:

@@ -1,31 +1,23 @@
-"""F9 and F10: a device map whose keys match too much or too little."""
+"""F10: a device map that leaves tensors out, or names what is not there."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
-from transformers.integrations.accelerate import expand_device_map
 
 from service.errors import PlacementMismatch
+from service.placement import planning
 from service.placement.certificate import certify
-from service.placement.plan import device_of
+from service.testing.self_test.maps import INCOMPLETE
+from service.testing.self_test.maps import planned_by_names
 from tests.support.placing import IDS
+from tests.support.placing import ROOMY
 from tests.support.placing import bring_up
-from tests.support.placing import built_in
+from tests.support.placing import config_of
 from tests.support.placing import logits
 from tests.support.placing import refusal
 from tests.support.placing import variant
 from tests.support.tiny import save_tiny
-
-WITHOUT_THE_LAST_LAYER = {
-    "model.embed_tokens": "cpu",
-    "model.layers.0": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "cpu",
-}
 
 
 @pytest.fixture
@@ -35,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_plain_transformers_takes_an_incomplete_map_in_silence(folder: Path) -> None:
     """Fails when `from_pretrained` checks that a map covers the model on one device too."""
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=WITHOUT_THE_LAST_LAYER)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=INCOMPLETE)
     assert logits(model).shape[:2] == IDS.shape
 
 
@@ -51,29 +43,21 @@ def test_plain_accelerate_warns_of_a_typo_and_dies_without_naming_it(folder: Pat
         )
 
 
-def test_plain_a_key_takes_other_layers_whose_number_begins_alike() -> None:
-    """F9. Fails when `expand_device_map` matches whole names."""
-    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(12)]
-    found = expand_device_map({"": "cpu", "model.layers.1": "disk"}, names)
-    assert [n for n in names if found[n] == "disk"] == [names[1], names[10], names[11]]
-
-
-def test_ours_matches_whole_names() -> None:
-    places = {"": "cpu", "model.layers.1": "disk"}
-    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(12)]
-    assert [n for n in names if device_of(n, places) == "disk"] == [names[1]]
-
-
-def planning(module_map: dict[str, str], **changes: Any) -> Any:
-    def plan(config: Any, hardware: Any) -> Any:
-        placement = built_in().select("cpu").plan(config, hardware)
-        return replace(placement, module_map=module_map, **changes)
-
-    return plan
+def test_plain_accelerate_names_what_is_left_out_where_there_are_several_devices(
+    folder: Path,
+) -> None:
+    """The one case that is told well. Fails when it is not told any more."""
+    words = "The device_map provided does not give any device for the following parameters: model.l"
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map={**INCOMPLETE, "lm_head": "disk"},
+            offload_folder=folder.parent / "offload",
+        )
 
 
 def test_ours_refuses_a_map_that_leaves_a_tensor_out_and_names_it(folder: Path) -> None:
-    strategy = variant(plan=planning(WITHOUT_THE_LAST_LAYER))
+    strategy = variant(plan=planned_by_names(INCOMPLETE))
     error = refusal(certify(bring_up(folder, strategy)))
     assert isinstance(error, PlacementMismatch)
     assert error.failure_class == "F10"
@@ -82,25 +66,24 @@ def test_ours_refuses_a_map_that_leaves_a_tensor_out_and_names_it(folder: Path) 
     assert error.hint == 'add its module, or "" for everything else'
 
 
-def test_ours_refuses_a_load_that_did_not_follow_its_map(folder: Path) -> None:
-    """As F9 would make it: the map sends one layer away and the load two, or none."""
-    places = {"": "cpu", "model.layers.1": "disk"}
-    strategy = variant(plan=planning(places, devices=("cpu", "disk"), allows={"offload"}))
-    error = refusal(certify(bring_up(folder, strategy)))
-    assert error.message == (
-        "model.layers.1.self_attn.q_proj.weight is on cpu, planned on disk and 8 more"
-    )
-    assert len(error.tensors) == 9
-
-
-def test_a_deep_model_with_a_map_of_ours_is_where_the_map_says(tmp_path: Path) -> None:
-    """Layers 1 and 10 on different devices, which a prefix match would mix up."""
-    from tests.support.placing import offloaded
-
-    folder = save_tiny(tmp_path / "deep", "llama", tie=False, layers=12)
-    loaded = offloaded(folder, layers=2)
-    places = loaded.placement.module_map
-    assert (places["model.layers.1"], places["model.layers.10"]) == ("cpu", "disk")
-    assert certify(loaded).valid
-    away = {n.split(".")[2] for n, p in loaded.model.named_parameters() if p.is_meta}
-    assert away == {"10", "11"}
+@pytest.mark.parametrize(
+    ("places", "tensors", "message"),
+    [
+        (INCOMPLETE, ("model.layers.1",), "the map has no device for model.layers.1 (F10)"),
+        (
+            {"": "cpu", "model.embed_token": "disk"},
+            ("model.embed_token",),
+            "the model has no module model.embed_token to place; did you mean "
+            "'model.embed_tokens'? (F10)",
+        ),
+    ],
+)
+def test_ours_refuses_both_before_anything_is_read(
+    folder: Path, places: dict[str, str], tensors: tuple[str, ...], message: str
+) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PlacementMismatch) as caught:
+        planning.mapped(config_of(folder, dtype="float32"), ROOMY, places)
+    assert (caught.value.failure_class, caught.value.tensors) == ("F10", tensors)
+    assert caught.value.message == message
+    assert caught.value.hint is not None

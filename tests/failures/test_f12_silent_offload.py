@@ -1,18 +1,14 @@
-"""F11 and F12: weights that go to RAM or disk although nobody asked for it."""
+"""F12: weights that go to RAM or disk although nobody asked for it."""
 
 from pathlib import Path
 
 import pytest
-from accelerate.utils import get_max_memory
-from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
 
 from service.errors import DoesNotFit
 from service.errors import PlacementMismatch
 from service.placement.certificate import certify
-from service.placement.hardware import invent
+from service.testing.self_test.maps import silently_offloaded
 from tests.support.placing import bring_up
-from tests.support.placing import config_of
 from tests.support.placing import judged
 from tests.support.placing import offloaded
 from tests.support.placing import planned
@@ -27,15 +23,6 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False, layers=4)
 
 
-def silently_offloaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        device_map="auto",
-        max_memory={"cpu": 200_000},
-        offload_folder=config_of(folder).offload_folder,
-    )
-
-
 def test_plain_a_small_max_memory_sends_the_whole_model_to_disk(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -48,11 +35,6 @@ def test_plain_a_small_max_memory_sends_the_whole_model_to_disk(
     assert said == [
         "Some parameters are on the meta device because they were offloaded to the disk."
     ]
-
-
-def test_plain_max_memory_without_cpu_means_no_ram() -> None:
-    """F11. Fails when accelerate adds RAM to a max_memory that does not mention it."""
-    assert "cpu" not in get_max_memory({0: 150_000})
 
 
 def test_ours_refuses_a_model_that_does_not_fit_before_reading_it(folder: Path) -> None:
@@ -101,12 +83,3 @@ def test_an_offload_that_was_allowed_is_planned_said_and_certified(folder: Path)
     certificate = certify(loaded)
     assert certificate.valid, certificate.failure()
     assert certificate.devices["disk"] == loaded.placement.memory["disk"].weights
-
-
-def test_ours_fills_ram_before_the_disk(folder: Path) -> None:
-    """F11: a GPU that is too small, RAM that is not."""
-    whole = planned(folder).memory["cpu"].total
-    machine = invent("1GiB,ram=64GiB,disk=1TiB")
-    limit = {"cuda:0": whole - 40_000}
-    placement = planned(folder, "auto-shard", machine, on_no_fit="offload-disk", max_memory=limit)
-    assert placement.devices == ("cuda:0", "cpu")

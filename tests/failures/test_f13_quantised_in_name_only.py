@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers import BitsAndBytesConfig
 from transformers import PreTrainedModel
 
 from service.errors import PlacementMismatch
 from service.placement.certificate import certify
+from service.testing.self_test.quantised import four_bit
+from service.testing.self_test.quantised import four_bit_layers
 from tests.support.placing import bring_up
 from tests.support.placing import judged
 from tests.support.placing import logits
@@ -27,33 +28,20 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False)
 
 
-def skipping(folder: Path, *modules: str) -> PreTrainedModel:
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=list(modules)
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, device_map={"": "cpu"}
-    )
-
-
-def four_bit(model: PreTrainedModel) -> int:
-    return sum(type(module).__name__ == "Linear4bit" for module in model.modules())
-
-
 def test_plain_a_model_without_one_4_bit_layer_says_it_is_4_bit(folder: Path) -> None:
     """Fails when transformers counts before it says so."""
-    model = skipping(folder, "model", "lm_head")
+    model = four_bit(folder, "model", "lm_head")
     assert model.is_loaded_in_4bit is True
-    assert four_bit(model) == 0
+    assert four_bit_layers(model) == 0
     in_full = logits(AutoModelForCausalLM.from_pretrained(folder))
     torch.testing.assert_close(logits(model), in_full)
 
 
 def test_plain_half_a_model_in_4_bit_says_it_is_4_bit(folder: Path) -> None:
     """Fails as the one above."""
-    model = skipping(folder, "model.layers.1", "lm_head")
+    model = four_bit(folder, "model.layers.1", "lm_head")
     assert model.is_loaded_in_4bit is True
-    assert four_bit(model) == LINEARS // 2
+    assert four_bit_layers(model) == LINEARS // 2
 
 
 @pytest.mark.parametrize(
@@ -63,7 +51,7 @@ def test_plain_half_a_model_in_4_bit_says_it_is_4_bit(folder: Path) -> None:
 def test_ours_counts_the_layers_against_the_plan(
     folder: Path, skipped: tuple[str, ...], found: int
 ) -> None:
-    certificate = judged(skipping(folder, *skipped), folder, quantize="nf4")
+    certificate = judged(four_bit(folder, *skipped), folder, quantize="nf4")
     error = refusal(certificate)
     assert isinstance(error, PlacementMismatch)
     assert error.failure_class == "F13"
@@ -93,7 +81,7 @@ def test_ours_quantises_all_that_was_planned(folder: Path, quantize: str) -> Non
 
 
 def test_weights_that_nobody_asked_to_quantise_do_not_pass_for_plain_ones(folder: Path) -> None:
-    error = refusal(judged(skipping(folder, "lm_head"), folder))
+    error = refusal(judged(four_bit(folder, "lm_head"), folder))
     assert error.failure_class == "F13"
     assert error.message.startswith("quantize is none, but 14 linears are quantised (F13)")
     assert len(error.tensors) == LINEARS

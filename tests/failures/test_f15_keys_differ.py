@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from service.errors import PlacementMismatch
 from service.placement.certificate import certify
+from service.testing.self_test.values import TENSOR
+from service.testing.self_test.values import edit
+from service.testing.self_test.values import missing
 from tests.support.placing import IDS
 from tests.support.placing import bring_up
 from tests.support.placing import judged
@@ -19,7 +20,6 @@ from tests.support.placing import refusal
 from tests.support.placing import variant
 from tests.support.tiny import save_tiny
 
-TENSOR = "model.layers.1.mlp.down_proj.weight"
 Edit = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -28,17 +28,9 @@ def edited(tmp_path: Path) -> Callable[[Edit], Path]:
     """A model folder whose tensors a test may change."""
 
     def edited(change: Edit) -> Path:
-        folder = save_tiny(tmp_path / "model", "llama", tie=False)
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
+        return edit(save_tiny(tmp_path / "model", "llama", tie=False), change)
 
     return edited
-
-
-def missing(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[TENSOR]
 
 
 def unexpected(tensors: dict[str, torch.Tensor]) -> None:

@@ -4,11 +4,9 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +15,9 @@ from service.errors import PlacementMismatch
 from service.models import folder as model_folder
 from service.placement.certificate import Certificate
 from service.placement.certificate import certify
+from service.testing.self_test.values import TENSOR
+from service.testing.self_test.values import edit
+from service.testing.self_test.values import noise
 from tests.support.placing import bring_up
 from tests.support.placing import logits
 from tests.support.placing import offloaded
@@ -25,7 +26,6 @@ from tests.support.placing import refusal
 from tests.support.placing import variant
 from tests.support.tiny import save_tiny
 
-TENSOR = "model.layers.1.mlp.down_proj.weight"
 TENSORS = 4 * 9 + 3
 
 
@@ -34,24 +34,10 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False, layers=4)
 
 
-def noise(tensor: torch.Tensor) -> None:
-    with torch.no_grad():
-        tensor.add_(torch.full_like(tensor, 0.01))
-
-
 def sampled(certificate: Certificate) -> int:
     assert certificate.valid, certificate.failure()
     count: int = certificate.as_dict()["tensors_sampled"]
     return count
-
-
-def rewrite(folder: Path, change: Any) -> None:
-    """Put a changed file in the place of the checkpoint's; the model keeps the old one open."""
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, folder / "new", metadata={"format": "pt"})
-    (folder / "new").rename(path)
 
 
 def test_plain_transformers_answers_from_a_model_that_was_written_into(folder: Path) -> None:
@@ -158,7 +144,7 @@ def test_ours_sees_what_was_written_into_the_offload_folder(tmp_path: Path, dtyp
     kept = folder.with_name("kept")
     shutil.copytree(folder, kept)
     # the hooks read their layers from now on as somebody else wrote them
-    rewrite(folder, lambda tensors: [noise(tensors[name]) for name in away])
+    edit(folder, lambda tensors: [noise(tensors[name]) for name in away])
     moved = replace(loaded, config=loaded.config.model_copy(update={"folder": kept}))
     error = refusal(certify(moved))
     assert error.failure_class == "F16"
@@ -170,7 +156,7 @@ def test_ours_sees_what_was_written_into_the_offload_folder(tmp_path: Path, dtyp
 
 def test_a_file_that_was_exchanged_since_the_load_is_seen(folder: Path) -> None:
     loaded = bring_up(folder)
-    rewrite(folder, lambda tensors: noise(tensors[TENSOR]))
+    edit(folder, lambda tensors: noise(tensors[TENSOR]))
     assert refusal(certify(loaded)).tensors == (TENSOR,)
 
 

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel
 
 from service.engine.engine import Engine
+from service.engine.params import SamplingParams
 from service.engine.runner import Runner
-from service.engine.sequence import SamplingParams
 from service.errors import EngineStopped
 from service.errors import PlacementDrifted
 from service.placement.certificate import certify
 from service.placement.watch import Watch
+from service.testing.placing import dispatched
 from tests.support.overlapping import PATIENCE_S
 from tests.support.placing import IDS
 from tests.support.placing import judged
@@ -25,13 +26,7 @@ from tests.support.placing import refusal
 from tests.support.placing import scribble
 from tests.support.tiny import save_tiny
 
-PLACES = {
-    "model.embed_tokens": "cpu",
-    "model.layers": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "disk",
-}
+HEAD_ON_DISK = {"lm_head": "disk"}
 
 
 @pytest.fixture
@@ -39,16 +34,10 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False, layers=4)
 
 
-def plainly_offloaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, device_map=PLACES, offload_folder=folder.parent / "offload"
-    )
-
-
 def test_plain_transformers_answers_garbage_without_its_hooks(folder: Path) -> None:
     """Fails when torch refuses meta weights in a product, or accelerate keeps its hooks."""
     expected = logits(AutoModelForCausalLM.from_pretrained(folder))
-    model = plainly_offloaded(folder)
+    model = dispatched(folder, HEAD_ON_DISK)
     torch.testing.assert_close(logits(model), expected)
     remove_hook_from_submodules(model)
     scribble(model)
@@ -59,7 +48,7 @@ def test_plain_transformers_answers_garbage_without_its_hooks(folder: Path) -> N
 
 
 def test_ours_certifies_no_model_without_its_hooks(folder: Path) -> None:
-    model = plainly_offloaded(folder)
+    model = dispatched(folder, HEAD_ON_DISK)
     remove_hook_from_submodules(model)
     error = refusal(judged(model, folder))
     assert "lm_head.weight was left on meta (F1)" in error.message
@@ -70,8 +59,7 @@ def served(folder: Path) -> Iterator[tuple[Engine, Watch, PreTrainedModel]]:
     loaded = offloaded(folder)
     assert certify(loaded).valid
     engine = Engine(
-        Runner(loaded.model, loaded.strategy.place_inputs, max_context=64),
-        max_sequences=2,
+        Runner(loaded.model, loaded.strategy.place_inputs, max_context=64, max_sequences=2),
         max_queue=4,
     )
     engine.start()

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
 
 from service.placement.certificate import certify
 from service.placement.watch import Watch
+from service.testing.placing import dispatched
+from service.testing.self_test.serving import ON_DISK
 from tests.support.placing import IDS
 from tests.support.placing import bring_up
 from tests.support.placing import logits
@@ -22,22 +22,9 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False, layers=4)
 
 
-def dispatched(folder: Path) -> PreTrainedModel:
-    places = {
-        "model.embed_tokens": "cpu",
-        "model.layers": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    return AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places, offload_folder=folder.parent / "offload"
-    )
-
-
 def test_plain_half_is_not_blocked_on_a_dispatched_model_and_retypes_it(folder: Path) -> None:
     """Fails when accelerate blocks `.half()` as it blocks `.to()` and `.cuda()`."""
-    model = dispatched(folder)
+    model = dispatched(folder, ON_DISK)
     before = logits(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     model.half()
@@ -49,7 +36,7 @@ def test_plain_half_is_not_blocked_on_a_dispatched_model_and_retypes_it(folder: 
 
 def test_plain_to_is_blocked_on_a_dispatched_model_but_not_on_its_modules(folder: Path) -> None:
     """Fails when accelerate blocks the modules as well: then moving is no longer silent."""
-    model = dispatched(folder)
+    model = dispatched(folder, ON_DISK)
     expected = logits(model)
     with pytest.raises(RuntimeError, match="You can't move a model that has some modules offload"):
         model.to("meta")

@@ -1,9 +1,8 @@
-"""F19: a device that is not there, and F22: a main device that is random."""
+"""F19: a device that is not there."""
 
 from pathlib import Path
 from typing import Any
 
-import accelerate.big_modeling
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,7 +17,6 @@ from tests.support.placing import planned
 from tests.support.placing import refusal
 from tests.support.placing import variant
 from tests.support.tiny import save_tiny
-from tests.support.tiny import tiny_config
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
@@ -66,73 +64,3 @@ def test_a_strategy_that_loads_to_meta_is_refused(folder: Path) -> None:
     error = refusal(certify(bring_up(folder, variant(load=load))))
     assert error.failure_class == "F1"
     assert len(error.tensors) == 39
-
-
-# --- F22
-
-
-def main_devices(monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[Any, Any]]) -> list[Any]:
-    """The main device accelerate chooses for a map over each pair of devices and the CPU."""
-    chosen: list[Any] = []
-    monkeypatch.setattr(
-        accelerate.big_modeling,
-        "attach_align_device_hook_on_blocks",
-        lambda model, execution_device, **kwargs: chosen.append(execution_device[""]),
-    )
-    monkeypatch.setattr(accelerate.big_modeling, "check_cuda_p2p_ib_support", lambda: True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    for first, second in pairs:
-        places = {
-            "model.embed_tokens": first,
-            "model.layers.0": first,
-            "model.layers.1": "cpu",
-            "model.norm": second,
-            "model.rotary_emb": first,
-            "lm_head": second,
-        }
-        accelerate.big_modeling.dispatch_model(model, places, state_dict={}, force_hooks=True)
-    return chosen
-
-
-def test_plain_the_main_device_of_a_map_with_names_follows_a_hash(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Fails when `dispatch_model` takes the first device of the map instead of one of a set."""
-    numbers = [(i, j) for i in range(8) for j in range(i + 1, 8)]
-    names = [(f"cuda:{i}", f"cuda:{j}") for i, j in numbers]
-    assert main_devices(monkeypatch, names) != [first for first, _ in names]
-
-
-def test_numbers_make_it_the_first_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What our maps rely on."""
-    numbers = [(i, j) for i in range(8) for j in range(i + 1, 8)]
-    assert main_devices(monkeypatch, numbers) == [first for first, _ in numbers]
-
-
-def test_our_maps_number_accelerators(folder: Path) -> None:
-    whole = planned(folder).memory["cpu"].total
-    limits = {"cuda:0": whole * 2 // 3, "cuda:1": whole * 2 // 3}
-    placement = planned(folder, "auto-shard", invent("2x24GiB"), max_memory=limits)
-    assert placement.devices == ("cuda:0", "cuda:1")
-    assert placement.main_device == "cuda:0"
-    assert set(placement.load_kwargs["device_map"].values()) == {0, 1}
-    assert set(placement.module_map.values()) == {"cuda:0", "cuda:1"}
-
-
-def test_our_maps_number_accelerators_beside_the_cpu(folder: Path) -> None:
-    whole = planned(folder).memory["cpu"].total
-    placement = planned(
-        folder,
-        "auto-shard",
-        invent("24GiB"),
-        max_memory={"cuda:0": whole - 40_000},
-        on_no_fit="offload-cpu",
-    )
-    assert set(placement.load_kwargs["device_map"].values()) == {0, "cpu"}
-
-
-def test_single_gpu_numbers_its_device(folder: Path) -> None:
-    placement = planned(folder, "single-gpu", invent("2x24GiB"), options={"device": 1})
-    assert placement.load_kwargs["device_map"] == {"": 1}
-    assert (placement.devices, placement.main_device) == (("cuda:1",), "cuda:1")

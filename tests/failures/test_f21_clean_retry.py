@@ -15,6 +15,8 @@ from service.errors import PluginError
 from service.errors import ServiceError
 from service.placement import loading
 from service.placement.certificate import certify
+from service.testing.self_test.loads import Loads
+from service.testing.self_test.loads import raising
 from tests.support.placing import bring_up
 from tests.support.placing import judged
 from tests.support.placing import variant
@@ -24,31 +26,6 @@ from tests.support.tiny import save_tiny
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", "llama", tie=False)
-
-
-class Loads:
-    """A strategy's `load` that makes a model, remembers it weakly, and then does something."""
-
-    def __init__(self, then: Any) -> None:
-        self.model: weakref.ref[Any] | None = None
-        self._then = then
-
-    def __call__(self, config: Any, placement: Any) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(config.folder)
-        self.model = weakref.ref(model)
-        return self._then(model)
-
-    @property
-    def alive(self) -> bool:
-        gc.collect()
-        return self.model is not None and self.model() is not None
-
-
-def raising(kind: type[Exception], words: str) -> Any:
-    def then(model: Any) -> Any:
-        raise kind(words)
-
-    return then
 
 
 def test_plain_a_kept_exception_keeps_the_half_loaded_model(folder: Path) -> None:

@@ -24,13 +24,17 @@ def config(folder: Path, model: Path, **keys: object) -> None:
     )
 
 
-def serve_and_ask(folder: Path) -> dict:
-    """Start gunicorn, wait until it is ready, ask 8 clients at once, return /placement."""
+def serve_and_ask(folder: Path, *, most_answers: int = 1) -> dict:
+    """Start gunicorn, wait until it is ready, ask 8 clients at once, return /placement.
+
+    The same question at temperature 0 has one answer, unless the format's rounding depends on what
+    else is in the batch.
+    """
     with running(folder, command=GUNICORN) as server:
         server.wait_ready()
         with ThreadPoolExecutor(8) as clients:
             answers = set(clients.map(lambda _: server.chat("Hello", max_tokens=12), range(8)))
-        assert len(answers) == 1, "the same question at temperature 0 has one answer"
+        assert len(answers) <= most_answers, answers
         document = server.placement()
         document["answer"] = answers.pop()
         server.process.terminate()
@@ -98,7 +102,8 @@ def test_nf4(tmp_path: Path, big_llama: Path):
 
 def test_int8(tmp_path: Path, big_llama: Path):
     config(tmp_path, big_llama, strategy="auto-shard", quantize="int8")
-    document = serve_and_ask(tmp_path)
+    # LLM.int8() keeps columns with an outlier in any row of the batch in sixteen bits
+    document = serve_and_ask(tmp_path, most_answers=8)
     assert document["certificate"]["quantized_linears"] == 24 * 7
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from service.config.schema import Config
 from service.errors import ModelUnavailable
@@ -16,6 +17,10 @@ from service.models import gguf_file
 from service.models.catalogue import CATALOGUE
 from service.models.catalogue import Entry
 from service.models.locate import locate
+from service.placement import planning
+from service.placement.tensors import nbytes
+from tests.support.planned import model_config
+from tests.support.planned import ram
 from tests.support.tiny import CHATML
 from tests.support.tiny import tiny_model
 from tests.support.tiny import tiny_tokenizer
@@ -41,9 +46,14 @@ NAMES = {
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny.gguf as llama.cpp writes it: a tied llama with tokenizer and chat template."""
-    import gguf as library
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+
+def write_gguf(path: Path, quantise: str | None = None) -> Path:
+    """quantise: GGUF's name of a block format for the matrices, for example Q8_0."""
+    import gguf as library
+    from gguf import quants
+
     model = tiny_model("llama", tie=True, vocab_size=VOCAB)
     config, tokenizer = model.config, tiny_tokenizer()
     writer = library.GGUFWriter(path, "llama")
@@ -78,7 +88,12 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             data = data.reshape(count, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
-        writer.add_tensor(name, data.contiguous().numpy())
+        if quantise is None or data.ndim < 2:
+            writer.add_tensor(name, data.contiguous().numpy())
+        else:
+            kind = library.GGMLQuantizationType[quantise]
+            packed = quants.quantize(data.contiguous().numpy(), kind)
+            writer.add_tensor(name, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -95,6 +110,19 @@ def entry(gguf: Path) -> Entry:
         gguf=gguf.name,
         config={**config, "dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]},
     )
+
+
+def test_a_plan_counts_what_a_quantised_gguf_file_becomes(tmp_path: Path) -> None:
+    """transformers dequantises it: 8 bits in the file, 32 in memory."""
+    path = write_gguf(tmp_path / "q8.gguf", "Q8_0")
+    config = model_config(tmp_path, gguf_file=path.name, dtype="float32")
+    made = planning.on_one_device(config, ram(2**30), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **made.load_kwargs)
+    held = sum(nbytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    assert made.memory["cpu"].weights == held > 2 * path.stat().st_size
+    (note,) = made.notes
+    assert note.startswith("q8.gguf (")
+    assert note.endswith("MiB in float32.")
 
 
 def test_the_header_gives_every_tensor_in_torchs_order_of_dimensions(gguf: Path) -> None:

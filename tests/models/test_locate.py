@@ -18,6 +18,10 @@ from service.models import hub
 from service.models.catalogue import Entry
 from service.models.locate import locate
 from service.models.locate import locate_for_plan
+from service.placement import planning
+from service.placement.hardware import invent
+from tests.support.planned import LLAMA_70B
+from tests.support.planned import write_shape
 
 MakeConfig = Callable[..., Config]
 
@@ -203,6 +207,25 @@ def test_what_the_hub_cannot_give_is_one_line_with_a_way_out(
     assert "owner/name" in caught.value.message
     assert fact in caught.value.message
     assert way_out in str(caught.value.hint)
+
+
+def test_a_plan_is_made_of_the_config_alone_that_the_hubs_cache_holds(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the cache, offline; the dtype is the config's, and the plan says so."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--owner--name"
+    write_shape(repo / "snapshots" / commit, **LLAMA_70B)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    found = locate_for_plan(make_config(model="owner/name", max_sequences=1))
+    assert (found.model_id, found.folder.name) == ("owner/name", commit)
+    made = planning.on_one_device(found, invent("141GiB"), "cuda:0")
+    assert (made.parameters, made.dtype) == (70_553_706_496, "bfloat16")
+    (note,) = made.notes
+    assert note.startswith("there are no weight files yet: sizes are config.json's, in bfloat16")
 
 
 def test_the_real_library_offline_is_reported_the_same_way(

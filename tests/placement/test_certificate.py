@@ -48,6 +48,8 @@ def test_a_certificate_is_json(folder: Path) -> None:
         "valid",
         "issued_at",
         "seconds",
+        "load_seconds",
+        "budget_seconds",
         "versions",
         "plan_hash",
         "devices",
@@ -65,6 +67,15 @@ def test_a_certificate_is_json(folder: Path) -> None:
     for check in body["checks"]:
         assert check.keys() == {"class", "status", "checked", "ms"}
         assert check["status"] == "pass"
+
+
+@pytest.mark.parametrize(("load_s", "budget_s"), [(0.5, 1.0), (20.0, 1.0), (300.0, 15.0)])
+def test_a_certificate_may_cost_a_twentieth_of_the_load_or_a_second(
+    load_s: float, budget_s: float
+) -> None:
+    body = Certificate((), "now", {}, 0, seconds=0.2, load_seconds=load_s).as_dict()
+    assert (body["seconds"], body["load_seconds"]) == (0.2, load_s)
+    assert body["budget_seconds"] == budget_s
 
 
 def test_a_certificate_has_the_versions_of_what_it_depends_on(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from service.placement import describe
 from service.placement.certificate import Certificate
+from service.placement.overhead import FIXED
 from service.placement.plan import DeviceMemory
 from service.placement.plan import Placement
 from tests.placement.test_plan import placement
@@ -23,9 +24,10 @@ def test_a_device_is_described_with_what_was_planned_there():
     assert first == {
         "id": "cuda:0",
         "name": "card",
-        "total": 24 * GIB,
-        "free_before": 24 * GIB,
+        "total": 24 * GIB + FIXED,
+        "free_before": 24 * GIB + FIXED,
         "planned": {"weights": 60, "kv": 5, "overhead": 1},
+        "overhead_parts": {},
         "measured": None,
         "plan_error_bytes": None,
         "modules": [

@@ -9,7 +9,7 @@ import pytest
 from service.errors import PlacementUnavailable
 from service.placement import hardware
 from service.placement import registry
-from service.placement.explain import Alternative
+from service.placement.alternatives import Alternative
 from service.placement.explain import PlanReport
 from service.placement.explain import explain
 from service.placement.explain import short
@@ -116,6 +116,52 @@ def test_on_a_machine_without_cards_larger_ram_is_offered(llama_70b: Path):
     whats = [alternative.what for alternative in made.alternatives]
     assert "bfloat16 on 256 GiB of RAM" in whats
     assert "4-bit nf4, double quant." in whats
+
+
+def test_a_context_that_does_not_fit_is_offered_shorter(llama_70b: Path):
+    """The longest that fits with one sequence: 256 tokens more do not."""
+    machine = hardware.invent("2x80GiB")
+    made = explained(llama_70b, machine, max_context=131_072, max_sequences=4)
+    (shorter,) = [
+        a for a in made.alternatives if a.what.endswith("tokens of context, one sequence")
+    ]
+    context = int(re.findall(r"max_context=(\d+)", shorter.flag)[0])
+    assert "max_sequences=1" in shorter.flag
+    assert explained(llama_70b, machine, max_context=context, max_sequences=1).placement
+    assert explained(llama_70b, machine, max_context=context + 256, max_sequences=1).error
+
+
+def test_what_is_lost_least_is_offered_first(llama_70b: Path):
+    """Half of the sequences, then 8 bits, then 4, then speed, then money."""
+    made = explained(llama_70b, hardware.invent("2x80GiB,ram=200GiB"), max_context=65_536)
+    assert [a.flag for a in made.alternatives] == [
+        "--set max_sequences=1",
+        "--set quantize=int8",
+        "--set quantize=nf4",
+        "--strategy auto-shard --set on_no_fit=offload-cpu",
+        "--strategy cpu",
+        "(other hardware)",
+    ]
+
+
+def test_a_strategy_is_offered_what_it_can_do_only(llama_70b: Path):
+    """four-bit has no other format, and single-gpu no second card but auto-shard has."""
+    made = explained(llama_70b, hardware.invent("24GiB"), strategy="four-bit", quantize="nf4")
+    assert not any("quantize" in alternative.flag for alternative in made.alternatives)
+    alone = explained(llama_70b, hardware.invent("2x80GiB"), strategy="single-gpu")
+    assert alone.alternatives[0].flag == "--strategy auto-shard"
+
+
+def test_a_budget_of_tokens_shrinks_with_the_context(llama_70b: Path):
+    """kv_tokens may not be less than max_context, nor more than before."""
+    machine = hardware.invent("2x80GiB")
+    asked = {"max_context": 131_072, "max_sequences": 4, "kv_tokens": 200_000}
+    made = explained(llama_70b, machine, **asked)
+    (shorter,) = [a for a in made.alternatives if "tokens of context" in a.what]
+    keys = dict(re.findall(r"(\w+)=(\d+)", shorter.flag))
+    assert keys["kv_tokens"] == keys["max_context"]
+    numbers = {key: int(value) for key, value in keys.items()}
+    assert explained(llama_70b, machine, **{**asked, **numbers}).placement
 
 
 def test_a_missing_device_is_not_a_report(llama_70b: Path):

@@ -53,6 +53,7 @@ ODD: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 16,
         "num_experts": 4,
+        "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
         "linear_num_key_heads": 2,
@@ -157,6 +158,20 @@ def test_no_weights_are_read_and_no_file_is_written(tmp_path: Path):
     assert [path.name for path in tmp_path.rglob("*")] == ["m", "config.json"]
 
 
+def test_a_sharded_checkpoint_is_planned_as_a_whole_one(tmp_path: Path):
+    """Its dtype too is read from the headers of all its files, when config.json has none."""
+    whole = save_tiny(tmp_path / "whole", "llama", layers=3, dtype=torch.bfloat16)
+    folder = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    words = json.loads((folder / "config.json").read_text())
+    del words["dtype"]
+    (folder / "config.json").write_text(json.dumps(words))
+    found = measure(folder)
+    assert (found.dtype, found.weights) == ("bfloat16", measure(whole).weights)
+    assert found.weights == loaded_bytes(folder, dtype="bfloat16")[0]
+
+
 def test_units_follow_the_order_of_the_model_and_a_tied_head_weighs_nothing(tmp_path: Path):
     found = measure(save_tiny(tmp_path, "llama", tie=True))
     assert [unit.name for unit in found.units] == [
@@ -208,20 +223,28 @@ def test_kv_is_what_the_models_own_cache_holds(tmp_path: Path, arch: str):
     assert held == 10 * measure(folder).kv_bytes_per_token
 
 
-def test_latent_attention_is_reserved_compressed_as_transformers_caches_it(tmp_path: Path):
+def test_latent_attention_is_reserved_expanded_and_compared_with_what_transformers_caches(
+    tmp_path: Path,
+):
     folder = odd_shape(tmp_path, "deepseek_v3")
     model = AutoModelForCausalLM.from_config(footprint.read_config(model_config(folder)))
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(torch.arange(10)[None], past_key_values=cache, use_cache=True)
     held = sum(nbytes(layer.keys) + nbytes(layer.values) for layer in cache.layers)
-    assert held == 10 * measure(folder).kv_bytes_per_token
+    found = measure(folder)
+    assert found.kv_bytes_per_token == 4 * (16 + 8 + 24) * 4 * 4
+    assert 10 * found.kv_bytes_per_token == held * found.latent
 
 
-def test_linear_attention_layers_keep_no_kv(tmp_path: Path):
-    """Three of four layers of qwen3_next have a state of fixed size instead."""
-    found = measure(odd_shape(tmp_path, "qwen3_next"))
-    assert [unit.name for unit in found.units if unit.kv] == ["model.layers.3"]
+def test_linear_attention_layers_keep_a_state_that_does_not_grow_with_the_context(tmp_path: Path):
+    """Three of four layers of qwen3_next have one."""
+    folder = odd_shape(tmp_path, "qwen3_next")
+    short, long = measure(folder, max_context=16), measure(folder, max_context=64)
+    kept = zip(short.units, long.units, strict=True)
+    grown = [a.name for a, b in kept if b.kv > a.kv]
+    assert grown == ["model.layers.3"]
+    assert all(unit.kv for unit in long.units if unit.name.startswith("model.layers."))
 
 
 def test_the_context_is_at_most_the_models_own(tmp_path: Path):
@@ -281,8 +304,8 @@ def test_a_broken_config_names_the_model(tmp_path: Path):
 
 
 def test_a_model_that_does_not_continue_text_is_refused(tmp_path: Path):
-    write_shape(tmp_path, "t5")
-    with pytest.raises(ModelUnavailable, match="t5 is not a decoder-only language model"):
+    write_shape(tmp_path, "vit")
+    with pytest.raises(ModelUnavailable, match="vit is not a language model"):
         measure(tmp_path)
 
 
@@ -295,7 +318,8 @@ def test_a_checkpoint_that_is_already_quantised_is_refused(tmp_path: Path):
 
 
 def test_layers_that_are_not_found_are_refused_rather_than_planned_without_kv(tmp_path: Path):
-    """Bart's decoder has 12 layers where its config says num_hidden_layers of the encoder."""
-    write_shape(tmp_path, "bart", encoder_layers=3, decoder_layers=2, d_model=64)
+    """Of a Bart that is only a decoder the config still says num_hidden_layers of the encoder."""
+    shape = {"encoder_layers": 3, "decoder_layers": 2, "d_model": 64}
+    write_shape(tmp_path, "bart", is_encoder_decoder=False, **shape)
     with pytest.raises(ModelUnavailable, match="3 layers of bart were not found"):
         measure(tmp_path)

@@ -232,10 +232,24 @@ def test_keys_that_differ_are_refused_but_for_those_allowed(report: KeyReport, w
     loading.check_keys([report], frozenset({"a", "b"}))
 
 
-def test_memory_is_counted_on_accelerators_only() -> None:
+def test_memory_in_ram_is_that_of_live_tensors_each_counted_once() -> None:
     import torch
 
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without a GPU")
-    assert loading.allocated_bytes() == {}
     loading.collect()
+    before = loading.allocated_bytes()["cpu"]
+    held = torch.zeros(3, 2**20)
+    views = [held[0], held.T, torch.nn.Parameter(held)]
+    assert loading.allocated_bytes()["cpu"] - before == held.nbytes
+    del held, views
+    assert loading.allocated_bytes()["cpu"] == before
+
+
+def test_tensors_that_an_attempt_left_in_ram_are_told() -> None:
+    import torch
+
+    before = loading.allocated_bytes()
+    held = torch.zeros(2**24 + 2**22)  # 80 MiB
+    with pytest.raises(LoadFailed, match=r"cpu still holds 80 MiB of a failed attempt \(F21\)"):
+        loading.reclaim(None, before)
+    del held
+    loading.reclaim(None, before)

@@ -17,6 +17,8 @@ from service.errors import PlacementUnavailable
 from service.placement import footprint
 from service.placement import hardware
 from service.placement import planning
+from service.placement.kv import PAGE_TOKENS
+from service.placement.overhead import FIXED
 from service.placement.plan import Placement
 from service.placement.plan import device_of
 from service.placement.plan import groups
@@ -106,7 +108,7 @@ def test_offloaded_layers_are_planned_to_run_on_the_main_device(llama_70b: Path)
     """Their KV is there, and the weights of one pass through."""
     config = rig(llama_70b, on_no_fit="offload-cpu")
     made = planning.spread(config, hardware.invent("2x24GiB,ram=200GiB"))
-    kv = 327_680 * 16_384 // 80
+    kv = 327_680 * (16_384 + PAGE_TOKENS) // 80
     on_main = len(made_on(made, "cuda:0")) + len(made_on(made, "cpu"))
     assert made.main_device == "cuda:0"
     assert made.memory["cuda:0"].kv == on_main * kv
@@ -224,16 +226,48 @@ def test_the_models_own_context_is_the_limit_and_said(tiny: Path):
 # --- what is left alone
 
 
+def test_latent_attention_is_said_to_be_kept_expanded(tmp_path: Path):
+    """128 heads x (128 + 64 + 128) numbers instead of 512 + 64: 71 times."""
+    folder = write_shape(tmp_path, "deepseek_v3", dtype="bfloat16")
+    made = planning.spread(rig(folder), hardware.invent("16x141GiB"))
+    assert made.kv_bytes_per_token == 61 * 128 * 320 * 2
+    assert any("71 times the latent vectors" in note for note in made.notes)
+
+
+def test_a_budget_of_tokens_is_said_and_makes_room(tiny: Path):
+    whole = planning.on_one_device(rig(tiny, max_sequences=8), cards(GIB), "cuda:0")
+    budget = rig(tiny, max_sequences=8, kv_tokens=1024)
+    on_card = planning.on_one_device(budget, cards(GIB), "cuda:0")
+    assert on_card.kv_tokens == 1024
+    assert on_card.memory["cuda:0"].kv < 0.3 * whole.memory["cuda:0"].kv
+    assert any("25% of max_context x max_sequences: sequences" in n for n in on_card.notes)
+    on_cpu = planning.on_one_device(budget, ram(GIB), "cpu")
+    assert any("2 of 8 sequences run at once" in note for note in on_cpu.notes)
+
+
+def test_overhead_is_made_of_its_parts(tiny: Path):
+    made = planning.spread(rig(tiny), cards(GIB, GIB))
+    for memory in made.memory.values():
+        assert memory.overhead == sum(memory.parts.values())
+        assert {"activations", "logits", "rounding", "workspace", "kernels"} == memory.parts.keys()
+    on_cpu = planning.on_one_device(rig(tiny), ram(GIB), "cpu").memory["cpu"]
+    assert {"activations", "logits", "rounding"} == on_cpu.parts.keys()
+
+
 def test_keep_free_is_left_alone_on_every_device_of_the_kind(tiny: Path):
     config = model_config(tiny, keep_free={"cuda": 100 * MIB, "cpu": 10 * MIB})
     room = planning.budgets(config, cards(GIB, 2 * GIB, ram=GIB), ["cuda:0", "cuda:1", "cpu"])
-    assert room == {"cuda:0": GIB - 100 * MIB, "cuda:1": 2 * GIB - 100 * MIB, "cpu": GIB - 10 * MIB}
+    assert room == {
+        "cuda:0": GIB + FIXED - 100 * MIB,
+        "cuda:1": 2 * GIB + FIXED - 100 * MIB,
+        "cpu": GIB - 10 * MIB,
+    }
 
 
 def test_max_memory_is_the_most_that_is_used(tiny: Path):
     config = model_config(tiny, max_memory={"cuda:0": 5 * MIB, "cpu": 999 * GIB})
     room = planning.budgets(config, cards(GIB, GIB, ram=GIB), ["cuda:0", "cuda:1", "cpu"])
-    assert room == {"cuda:0": 5 * MIB, "cuda:1": GIB, "cpu": GIB}
+    assert room == {"cuda:0": 5 * MIB, "cuda:1": GIB + FIXED, "cpu": GIB}
 
 
 def test_a_plan_honours_keep_free_and_max_memory(llama_70b: Path):
@@ -425,7 +459,7 @@ def test_a_map_that_is_not_the_models_is_refused(tiny: Path, map_: dict[str, str
 
 def test_a_map_is_refused_for_the_device_that_is_too_small(tiny: Path):
     map_ = {"": "cuda:0", "model.layers.11": "cuda:1"}
-    with pytest.raises(DoesNotFit, match=r"cuda:1 would need .* and has 0\.1 MiB"):
+    with pytest.raises(DoesNotFit, match=r"cuda:1 would need .* of overhead, and has "):
         planning.mapped(model_config(tiny), cards(GIB, MIB // 8), map_)
     with pytest.raises(PlacementUnavailable, match="needs cuda:1"):
         planning.mapped(model_config(tiny), cards(GIB), map_)

@@ -278,10 +278,21 @@ def test_a_strategy_without_options_refuses_them(tmp_path: Path):
         settled(mine(tmp_path), {}, options={"first_layers": 4})
 
 
+def test_options_that_break_are_the_plugins_fault(tmp_path: Path):
+    more = (
+        "from pydantic import field_validator\n"
+        + OPTIONS
+        + "    @field_validator('first_layers')\n"
+        "    def checked(cls, value):\n        raise OSError('no table')\n"
+    )
+    with pytest.raises(PluginError, match=r"strategy mine: Options raised OSError: no table"):
+        settled(mine(tmp_path, more), {}, options={"first_layers": 4})
+
+
 def test_a_fallback_runs_with_its_own_defaults(tmp_path: Path):
     """The options are those of the first strategy."""
     config = DeploymentConfig(options={"first_layers": 4})
-    after = registry.settle(config, registry.build().select("cpu"), {}, first=False)
+    after = registry.settle(config, mine(tmp_path), {}, first=False)
     assert after.options is None
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from service.engine.engine import Engine
+from service.engine.params import SamplingParams
 from service.engine.runner import Runner
-from service.engine.sequence import SamplingParams
 from service.placement import watch
 from service.placement.loading import Loaded
 from service.placement.watch import Watch
@@ -362,8 +362,8 @@ def serve() -> Serve:
     engines: list[Engine] = []
 
     def serve(loaded: Loaded) -> tuple[Engine, Watch]:
-        runner = Runner(loaded.model, loaded.strategy.place_inputs, max_context=64)
-        engine = Engine(runner, max_sequences=4, max_queue=16)
+        runner = Runner(loaded.model, loaded.strategy.place_inputs, max_context=64, max_sequences=4)
+        engine = Engine(runner, max_queue=16)
         engines.append(engine)
         engine.start()
         one = watched(loaded.model)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from service.config.api_key import ApiKey
 from service.config.compute_threads import compute_environment
 from service.config.gunicorn_options import settings
 from service.config.ready_line import ready_line
@@ -21,7 +22,7 @@ def config(bind: str = "127.0.0.1:8000", keys: tuple[str, ...] = (), threads: in
         server=ServerConfig(bind=bind, threads=threads),
         deployment=DeploymentConfig(),
         origins={},
-        api_keys=tuple(SecretStr(key) for key in keys),
+        api_keys=tuple(ApiKey(key, SecretStr(key)) for key in keys),
     )
 
 

@@ -11,7 +11,7 @@ from service.config import reading
 from service.config.flags import Flags
 from service.config.schema import Config
 from service.deployment import Deployment
-from service.engine.sequence import SamplingParams
+from service.engine.params import SamplingParams
 from service.errors import ConfigError
 from service.errors import ServiceError
 from tests.support.tiny import save_tiny

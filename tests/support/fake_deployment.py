@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from service.config.api_key import ApiKey
 from service.config.schema import Config
 from service.config.schema import DeploymentConfig
 from service.config.schema import ServerConfig
@@ -14,6 +15,7 @@ from service.errors import NotReady
 from service.errors import PlacementDrifted
 from tests.support.fake_engine import FakeEngine
 from tests.support.tiny import IM_END
+from tests.support.tiny import VOCAB
 from tests.support.tiny import tiny_tokenizer
 
 MODEL_ID = "tiny/chat"
@@ -27,8 +29,14 @@ def fake_config(*, api_keys: Sequence[str] = (), max_sequences: int = 8, **serve
         server=ServerConfig(**server),
         deployment=DeploymentConfig(max_sequences=max_sequences),
         origins={},
-        api_keys=tuple(SecretStr(key) for key in api_keys),
+        api_keys=api_keys_of(api_keys),
     )
+
+
+def api_keys_of(written: Sequence[str]) -> tuple[ApiKey, ...]:
+    """Keys as "KEY" or "NAME: KEY", also such as the configuration would refuse."""
+    found = [text.rpartition(": ") for text in written]
+    return tuple(ApiKey(n or f"key-{i}", SecretStr(k)) for i, (n, _, k) in enumerate(found, 1))
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class FakeServing:
     stop_ids: frozenset[int] = frozenset({IM_END})
     max_context: int = 200
     defaults: dict[str, float] = field(default_factory=dict)
+    vocabulary: int = VOCAB
 
 
 @dataclass

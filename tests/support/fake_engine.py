@@ -6,26 +6,27 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 
-from service.engine.sequence import SamplingParams
+from service.engine.params import SamplingParams
 from service.engine.sequence import Stream
 from service.errors import ServiceError
 
 
 @dataclass
 class Submission:
-    """One call of `submit`."""
+    """One prompt that was submitted."""
 
     ids: list[int]
     params: SamplingParams
     deadline: float | None
     stream: Stream
+    owner: str = ""
 
 
 @dataclass
 class FakeEngine:
     """Says `answer` (token ids), cut at max_tokens and at the first of stop_ids.
 
-    refuse: raised by submit. fail: the stream ends with it after the answer. hang: the answer
+    refuse: raised by submit_all. fail: the stream ends with it after the answer. hang: the answer
     never ends.
     """
 
@@ -35,15 +36,22 @@ class FakeEngine:
     hang: bool = False
     submissions: list[Submission] = field(default_factory=list)
 
-    def submit(
-        self, ids: Sequence[int], params: SamplingParams, deadline: float | None = None
-    ) -> Stream:
+    def submit_all(
+        self,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        deadline: float | None = None,
+        *,
+        owner: str = "",
+    ) -> list[Stream]:
         if self.refuse is not None:
             raise self.refuse
-        stream = Stream(len(ids))
-        self.submissions.append(Submission(list(ids), params, deadline, stream))
-        self._play(stream, params, self.answer)
-        return stream
+        streams = []
+        for ids, params in prompts:
+            stream = Stream(len(ids))
+            self.submissions.append(Submission(list(ids), params, deadline, stream, owner))
+            self._play(stream, params, self.answer)
+            streams.append(stream)
+        return streams
 
     def stats(self) -> dict[str, Any]:
         return {"running": 0, "waiting": 0}

@@ -36,7 +36,7 @@ class TestAutoShardPartlyOnDisk(StrategyContract):
     strategy = "auto-shard"
     settings: ClassVar[dict[str, Any]] = {
         "on_no_fit": "offload-disk",
-        "max_memory": {"cpu": 900_000},
+        "max_memory": {"cpu": 1_900_000},
     }
     hardware = ram(GIB)
 

@@ -44,6 +44,22 @@ WRONG = {
     ),
     "inputs_on_meta": ("place-inputs-keeps-inputs", "put input_ids on meta"),
     "keeps_the_model": ("release-lets-the-model-die", "KEPT in keeps_the_model.py holds it"),
+    "splits_a_layer": (
+        "works-on-simulated-accelerators",
+        "model.layers.1 mixes cuda:0 and cuda:1 in one operation (add)",
+    ),
+    "tied_head_on_the_last_card": (
+        "works-on-simulated-accelerators",
+        "lm_head.weight on cuda:1 and model.embed_tokens.weight on cuda:0 are one tensor (F8)",
+    ),
+    "forgets_the_norm_on_cards": (
+        "works-on-simulated-accelerators",
+        "does not give any device for the following parameters: model.norm.weight",
+    ),
+    "inputs_to_the_last_card": (
+        "works-on-simulated-accelerators",
+        "place_inputs put input_ids on cuda:1; inputs belong on cuda:0 (F7)",
+    ),
     "scales_a_weight": ("forward-equals-reference", "of the largest one away"),
 }
 # where the message says it all

@@ -26,6 +26,11 @@ from tests.support.tiny import tiny_model
             {"temperature": 0.6, "top_p": 0.9},
         ),
         ({"do_sample": True, "top_k": 20}, {"top_k": 20}),
+        ({"min_p": 0.1, "repetition_penalty": 1.1}, {"min_p": 0.1, "repetition_penalty": 1.1}),
+        (
+            {"do_sample": False, "repetition_penalty": 1.1},
+            {"temperature": 0.0, "repetition_penalty": 1.1},
+        ),
     ],
 )
 def test_defaults_are_what_the_generation_config_says(settings, defaults):

@@ -7,6 +7,7 @@ import pytest
 from service.errors import DeadlineExceeded
 from service.errors import EngineStopped
 from service.errors import Overloaded
+from service.errors import RequestError
 from service.web import generation
 from service.web import sse
 from tests.support.fake_deployment import MODEL_ID
@@ -41,7 +42,12 @@ def test_a_chat_has_openais_shape(client, engine):
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5},
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": 5,
+            "total_tokens": prompt + 5,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -53,7 +59,12 @@ def test_a_completion_has_openais_shape(client):
         "object": "text_completion",
         "model": MODEL_ID,
         "choices": [{"text": "Hello", "index": 0, "logprobs": None, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 5,
+            "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -252,17 +263,30 @@ def test_a_full_queue_is_a_real_429_streams_too(client, engine, path, stream):
     assert response.headers["Retry-After"] == "3"
 
 
-def test_when_the_queue_fills_up_between_two_prompts_the_first_is_cancelled(client, engine):
-    submit = engine.submit
+def test_all_prompts_of_a_request_are_submitted_at_once_or_none(client, engine):
+    submit_all, calls = engine.submit_all, []
 
-    def second_fails(ids, params, deadline=None):
-        if engine.submissions:
-            raise Overloaded("full")
-        return submit(ids, params, deadline)
+    def noted(prompts, deadline=None, **more):
+        calls.append(len(prompts))
+        return submit_all(prompts, deadline, **more)
 
-    engine.submit = second_fails
+    engine.submit_all = noted
+    client.post(COMPLETIONS, json=completion_body(prompt=["a", "b"]))
+    assert calls == [2]
+    engine.refuse = Overloaded("full")
     error_of(client.post(COMPLETIONS, json=completion_body(prompt=["a", "b"])), 429)
-    assert engine.submissions[0].stream.cancelled
+    assert len(engine.submissions) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [kind for kind in RequestError.__subclasses__() if kind.status in (429, 503)]
+)
+@BOTH
+def test_who_is_to_come_back_is_told_when(client, engine, path, error):
+    engine.refuse = error("not now")
+    response = client.post(path, json=body_for(path))
+    error_of(response, error.status)
+    assert int(response.headers["Retry-After"]) >= 1
 
 
 @BOTH

@@ -82,7 +82,8 @@ def test_another_model_is_404(client, name):
     "path", ["/", "/v1", "/v1/chat", "/v1/models/", "//health/live", "/favicon.ico", "/%ff%00"]
 )
 def test_an_unknown_path_is_404_in_json(client, path):
-    assert error_of(client.get(path), 404)["code"] == "not_found"
+    found = client.get(path, headers={"Host": "localhost"})  # or //health would be the host
+    assert error_of(found, 404)["code"] == "not_found"
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH"])
@@ -192,7 +193,7 @@ def test_eight_threads_are_kept_for_health_and_the_rest_gets_429(make_client, en
 def test_a_request_that_fails_gives_its_place_back(make_client, engine):
     client = make_client(threads=KEPT_FOR_HEALTH + 1)
     for _ in range(3):
-        error_of(client.post(CHAT, json=chat_body(n=2)), 400)
+        error_of(client.post(CHAT, json=chat_body(n=0)), 400)
         response = client.post(CHAT, json=chat_body(stream=True))
         assert response.status_code == 200
         response.close()

@@ -87,8 +87,8 @@ def test_models(client):
 def test_errors_are_the_clients_own_classes(client, engine):
     ask = client.chat.completions.create
     with pytest.raises(openai.BadRequestError) as bad:
-        ask(model=MODEL_ID, messages=HELLO, n=2)
-    assert (bad.value.param, bad.value.code) == ("n", "unsupported_parameter")
+        ask(model=MODEL_ID, messages=HELLO, store=True)
+    assert (bad.value.param, bad.value.code) == ("store", "unsupported_parameter")
     assert bad.value.type == "invalid_request_error"
     assert bad.value.request_id == bad.value.response.headers["x-request-id"]
     with pytest.raises(openai.NotFoundError) as unknown:

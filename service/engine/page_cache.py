@@ -1,0 +1,230 @@
+"""Keys and values in pages, and a step over them. The tensors behind `pages.Pages`.
+
+Every layer has its pages on the device where it runs, so a model that is spread over devices has
+its cache spread alike. Layers that keep the same tokens form a group with one set of page tables.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from service.engine import attention_pages
+from service.engine.attention import Layer
+from service.engine.pages import Group
+from service.engine.pages import PageHold
+from service.engine.scheduler import Batch
+from service.engine.scheduler import Piece
+from service.placement import kv
+from service.placement.inputs import send
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is kept. kv_tokens: in all; context: of one sequence, at most `sequences` at once.
+
+    step_tokens: most that one step computes.
+    """
+
+    kv_tokens: int
+    context: int
+    sequences: int
+    step_tokens: int
+
+
+class PageCache:
+    """The tensors. Engine thread only.
+
+    groups: for `Pages`. group_of: layer -> index of its group.
+    """
+
+    def __init__(self, layers: Mapping[int, Layer], budget: Budget) -> None:
+        self.layers = layers
+        kept = {index: _kept(layer, budget) for index, layer in layers.items()}
+        order = sorted(set(kept.values()), key=lambda its: (-its[0], its[1] or 0))
+        self.groups = tuple(_group(tokens, budget) for tokens in order)
+        self.group_of = {index: order.index(tokens) for index, tokens in kept.items()}
+        self.width = kv.pages(budget.context)
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        for index, layer in layers.items():
+            # the last page is for padding: rows of a batch that belong to nobody write there
+            shape = (self.groups[self.group_of[index]].pages + 1, kv.PAGE_TOKENS, layer.heads)
+            self.keys[index] = _pages((*shape, layer.key_size), layer)
+            self.values[index] = _pages((*shape, layer.value_size), layer)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Allocated, by device."""
+        found: dict[str, int] = {}
+        for tensor in (*self.keys.values(), *self.values.values()):
+            device = str(tensor.device)
+            found[device] = found.get(device, 0) + tensor.numel() * tensor.itemsize
+        return found
+
+    def order(self, batch: Batch) -> tuple[Piece, ...]:
+        """As they come: pages lie anywhere."""
+        return batch.decodes
+
+    def step(self, decodes: tuple[Piece, ...], prefills: tuple[Piece, ...]) -> "PageStep":
+        return PageStep(self, decodes, prefills)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What layers of one group on one device have in common in one step, on that device.
+
+    slots int64 [T]: where each token is kept. tables int32 [sequences, pages], lengths int32: of
+    the decodes; piece_tables of the prefills. plan: what `attention_cuda.prefill` gathers.
+    """
+
+    slots: torch.Tensor
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    piece_tables: torch.Tensor
+    plan: object
+
+
+class PageStep:
+    """One step over a PageCache."""
+
+    def __init__(
+        self, cache: PageCache, decodes: tuple[Piece, ...], prefills: tuple[Piece, ...]
+    ) -> None:
+        self._cache = cache
+        self._decodes = decodes
+        self._prefills = prefills
+        self._starts = [0]
+        for piece in prefills:
+            self._starts.append(self._starts[-1] + len(piece.ids))
+        self._ends = [piece.stop for piece in prefills]
+        self._tables: dict[tuple[torch.device, int, int | None], _Tables] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        shape = self._cache.layers[layer]
+        kernels = kernels_for(key.device)
+        pages = self._cache.keys[layer], self._cache.values[layer]
+        tables = self._on(key.device, self._cache.group_of[layer], shape.window)
+        kernels.write(key, value, *pages, tables.slots)
+        settings = {"scale": scale, "window": shape.window, "softcap": shape.softcap}
+        count = len(self._decodes)
+        outs: list[torch.Tensor] = []
+        if count:
+            outs.append(
+                kernels.decode(query[:count], *pages, tables.tables, tables.lengths, **settings)
+            )
+        if self._prefills:
+            plan = {} if tables.plan is None else {"plan": tables.plan}
+            outs.append(
+                kernels.prefill(
+                    query[count:],
+                    *pages,
+                    tables.piece_tables,
+                    self._starts,
+                    self._ends,
+                    **settings,
+                    **plan,
+                )
+            )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _on(self, device: torch.device, group: int, window: int | None) -> _Tables:
+        """Made once for all layers of a group on a device that see as far."""
+        found = self._tables.get((device, group, window))
+        if found is None:
+            found = self._make(device, group, window)
+            self._tables[device, group, window] = found
+        return found
+
+    def _make(self, device: torch.device, group: int, window: int | None) -> _Tables:
+        slots: list[int] = []
+        for piece in (*self._decodes, *self._prefills):
+            table = table_of(piece, group)
+            slots += [
+                table[at // kv.PAGE_TOKENS] * kv.PAGE_TOKENS + at % kv.PAGE_TOKENS
+                for at in range(piece.start, piece.stop)
+            ]
+        piece_tables = _padded([table_of(piece, group) for piece in self._prefills], device)
+        plan: object = None
+        if self._prefills and device.type == "cuda":
+            plan = kernels_for(device).plan_prefill(
+                piece_tables, self._starts, self._ends, page_size=kv.PAGE_TOKENS, window=window
+            )
+        return _Tables(
+            send(torch.tensor(slots), device),
+            _padded([table_of(piece, group) for piece in self._decodes], device),
+            send(torch.tensor([p.stop for p in self._decodes], dtype=torch.int32), device),
+            piece_tables,
+            plan,
+        )
+
+
+def kernels_for(device: torch.device) -> ModuleType:
+    """The attention functions for a device; Triton is imported only where there is one."""
+    if device.type != "cuda":
+        return attention_pages
+    from service.engine import attention_cuda
+
+    return attention_cuda
+
+
+def table_of(piece: Piece, group: int) -> list[int]:
+    """The pages of a piece's sequence in one group."""
+    hold = piece.sequence.hold
+    if not isinstance(hold, PageHold):
+        raise RuntimeError(f"sequence {piece.sequence.id} holds no pages")
+    return hold.tables[group]
+
+
+def _kept(layer: Layer, budget: Budget) -> tuple[int, int | None]:
+    """Tokens of one sequence, and the window if it is what limits them."""
+    kept = kv.kept_tokens(
+        budget.context, layer.window, on_cuda=True, step_tokens=budget.step_tokens
+    )
+    whole = kv.kept_tokens(budget.context, None, on_cuda=True)
+    return kept, layer.window if kept < whole else None
+
+
+def _group(kept: tuple[int, int | None], budget: Budget) -> Group:
+    tokens, window = kept
+    pool = kv.pool_tokens(
+        budget.kv_tokens,
+        budget.context,
+        budget.sequences,
+        window,
+        on_cuda=True,
+        step_tokens=budget.step_tokens,
+    )
+    ring = None if window is None else tokens // kv.PAGE_TOKENS
+    return Group(pool // kv.PAGE_TOKENS - 1, ring)
+
+
+def _padded(tables: list[list[int]], device: torch.device) -> torch.Tensor:
+    width = max(map(len, tables), default=0)
+    rows = [table + [0] * (width - len(table)) for table in tables]
+    return send(torch.tensor(rows, dtype=torch.int32).view(len(rows), width), device)
+
+
+def _pages(shape: tuple[int, ...], layer: Layer) -> torch.Tensor:
+    return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+
+
+def capturable(model: "PreTrainedModel", cache: PageCache) -> torch.device | None:
+    """The one CUDA device that all of the model and its cache are on, or None."""
+    devices = {layer.device for layer in cache.layers.values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        devices.add(tensor.device)
+    only = devices.pop() if len(devices) == 1 else None
+    return only if only is not None and only.type == "cuda" else None
