@@ -268,6 +268,8 @@ class Engine:
         try:
             self._runner.open()
             step_tokens = self._runner.path.step_tokens
+            # a step that cannot be a captured one takes its time however few tokens it has
+            least = step_tokens // (4 if self._runner.path.graphs is not None else 16)
             with self._changed:
                 self._scheduler = Scheduler(
                     self._runner.path.memory,
@@ -276,7 +278,7 @@ class Engine:
                     step_tokens=step_tokens,
                     score_tokens=self._runner.path.score_tokens,
                 )
-                self._pace = Pace(least=max(1, step_tokens // 16), most=step_tokens)
+                self._pace = Pace(least=max(1, least), most=step_tokens)
                 self._ready = True
                 if not self._closing:
                     self._refusal = None

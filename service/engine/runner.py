@@ -226,7 +226,8 @@ class Runner:
                 return list(zip(batch.decodes, launched.pending.collect(), strict=True))
             except Exception:  # whatever a device may raise; the batch is run again
                 log.warning("a captured step failed", exc_info=True)
-        return self._step(_known(batch))
+        known = _known(batch)
+        return self._step(known) if known.pieces else []
 
     def _step(self, batch: Batch) -> list[tuple[Piece, Result]]:
         alone = len(batch.pieces) == 1

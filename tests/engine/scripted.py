@@ -130,7 +130,7 @@ class ScriptedRunner(Runner):
     ) -> None:
         config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=capacity)
         config.get_text_config = lambda **_: config
-        model: Any = SimpleNamespace(config=config)
+        model: Any = SimpleNamespace(config=config, can_generate=lambda: True)
         super().__init__(
             model,
             lambda *, model, inputs: dict(inputs),
