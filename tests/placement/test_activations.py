@@ -4,6 +4,7 @@ The attention is as the engine's is there: keys and values lie in slots, a group
 into the query axis, and a mask says what a token sees.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -120,6 +121,15 @@ def measured(arch: str, context: int, dtype: torch.dtype) -> tuple[int, Any]:
     with torch.inference_mode():
         step()  # makes the slots
     return peak_bytes(step), hf_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Every thread has a tile of its own, and the bound is asked for one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
