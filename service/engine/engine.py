@@ -44,10 +44,6 @@ Look = Callable[[bool], PlacementDrifted | None]
 FAILURES_BEFORE_TRIAL = 3
 
 
-# Memory of an engine that has not been started.
-NOWHERE = Slots(0, 0, share=False)
-
-
 class Engine:
     """Continues prompts. Public methods may be called from any thread; none runs the model."""
 
@@ -74,7 +70,8 @@ class Engine:
         self._look: Look = lambda thorough: None
         # Guards everything below, the scheduler and its memory. Never held while the model runs.
         self._changed = threading.Condition()
-        self._scheduler = Scheduler(NOWHERE, max_sequences=1, max_queue=0, step_tokens=1)
+        nowhere = Slots(0, share=False)  # until the runner has found what its path needs
+        self._scheduler = Scheduler(nowhere, max_sequences=1, max_queue=0, step_tokens=1)
         self._pace = Pace(least=1, most=1)
         self._thread: threading.Thread | None = None
         self._ready = False
@@ -156,7 +153,7 @@ class Engine:
         ContextTooLong, Overloaded with `retry_after_s`, or EngineStopped if it takes no prompts.
         """
         sequences: list[Sequence] = []
-        leaders: dict[tuple[int, ...], Sequence] = {}
+        equal: dict[tuple[int, ...], list[Sequence]] = {}
         for ids, params in prompts:
             prompt = tuple(ids)
             check_prompt(
@@ -165,7 +162,7 @@ class Engine:
                 vocabulary=self._runner.vocabulary,
                 capacity=self._runner.capacity,
             )
-            leader = leaders.get(prompt)
+            before = equal.setdefault(prompt, [])
             sequence = Sequence(
                 next(self._ids),
                 prompt,
@@ -173,10 +170,10 @@ class Engine:
                 Stream(len(prompt)),
                 deadline,
                 owner,
-                leader,
-                number=sum(other.prompt == prompt for other in sequences),
+                before[0] if before else None,
+                number=len(before),
             )
-            leaders.setdefault(prompt, sequence)
+            before.append(sequence)
             sequences.append(sequence)
         with self._changed:
             if self._refusal is not None:
@@ -333,7 +330,7 @@ class Engine:
         launched = self._runner.launch(batch)
         while True:
             following = self._following(batch) if launched.leads else None
-            after = None if following is None else self._runner.launch(following, launched)
+            after = None if following is None else self._runner.launch(following)
             results = self._runner.collect(launched)
             ended = self._clock()
             self._judge(results)

@@ -52,7 +52,6 @@ class Plain:
         model: "PreTrainedModel",
         place_inputs: PlaceInputs,
         *,
-        capacity: int,
         max_sequences: int,
         why: str,
     ) -> None:
@@ -61,7 +60,7 @@ class Plain:
         Raises LoadFailed for a model whose way of generating cannot be followed.
         """
         self.why = why
-        self.memory: Memory = Slots(max_sequences, capacity, share=False)
+        self.memory: Memory = Slots(max_sequences, share=False)
         self._model = model
         self._place_inputs = place_inputs
         self._rules = Rules.of(model)

@@ -194,10 +194,10 @@ class Runner:
         finally:
             memory.free(sequence, failed=True)
 
-    def launch(self, batch: Batch, after: "Launched | None" = None) -> "Launched":
+    def launch(self, batch: Batch) -> Launched:
         """Begin a step; `collect` finishes it. Engine thread only.
 
-        after: the step before, if it has not been collected: its tokens are this one's inputs.
+        A batch that follows may be launched before the one it follows has been collected.
         """
         self._claim_thread()
         graphs = self.path.graphs
@@ -213,7 +213,7 @@ class Runner:
             return Launched(batch)
         return Launched(batch, pending, choosing.greedy_only(states))
 
-    def collect(self, launched: "Launched") -> list[tuple[Piece, Result]]:
+    def collect(self, launched: Launched) -> list[tuple[Piece, Result]]:
         """Finish a step: what it gave for every piece. Engine thread only.
 
         Never raises for what one sequence did: a batch that fails is run again in halves until the
@@ -271,7 +271,6 @@ class Runner:
             plain = Plain(
                 model,
                 self._place_inputs,
-                capacity=self.capacity,
                 max_sequences=self.max_sequences,
                 why=str(reason),
             )
@@ -321,7 +320,7 @@ class Runner:
         count = kv.running(self._kv_tokens, self.capacity, self.max_sequences, on_cuda=False)
         cache = SlotCache(layers, count, self.capacity)
         share = set(cache.lengths.values()) == {self.capacity}
-        return Slots(count, self.capacity, share=share), cache
+        return Slots(count, share=share), cache
 
     def _pages(
         self, layers: "Mapping[int, Layer]", step_tokens: int

@@ -258,7 +258,7 @@ class Scheduler:
         """One token of every running sequence whose prompt is computed, oldest first."""
         pieces: list[Piece] = []
         for sequence in tuple(self._running):
-            if sequence.known - sequence.computed != 1 or not sequence.generated:
+            if not _decodes_next(sequence):
                 continue
             while sequence.hold is not None and not self.memory.grow(sequence, sequence.known):
                 self._preempt(self._running[-1])
@@ -280,7 +280,7 @@ class Scheduler:
         is admitted before the budget has room for it.
         """
         for sequence in tuple(self._running):
-            if sequence.known - sequence.computed != 1 or not sequence.generated:
+            if not _decodes_next(sequence):
                 yield sequence
         while self.running < self._max_sequences:
             found = self._next_waiting()
@@ -326,6 +326,11 @@ class Scheduler:
     def _steps_left(self, sequence: Sequence) -> int:
         prompt = max(0, len(sequence.prompt) - sequence.computed)
         return math.ceil(prompt / self._step_tokens) + sequence.tokens_left
+
+
+def _decodes_next(sequence: Sequence) -> bool:
+    """Whether all but its last token, one of its answer, are computed."""
+    return sequence.known - sequence.computed == 1 and bool(sequence.generated)
 
 
 def _may_start(sequence: Sequence) -> bool:

@@ -6,6 +6,7 @@ of one window: the token at position p lies at p modulo its length. That order i
 attention, since positions are in the keys already.
 """
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class SlotStep:
         self._rows = torch.tensor(self._slots)
         self._prefills = [(_slot(piece), piece.start, len(piece.ids)) for piece in prefills]
         self._plans: dict[tuple[int, int], _Plan] = {}
-        self._masks: dict[tuple[int, int, int, int], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
         # what was in the rings before: tensor, places, content
         self._overwritten: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -190,10 +191,10 @@ class SlotStep:
         if start == 0:
             return attend_dense(query, key, value, scale, None, shape.softcap, causal=True)
         seen = keys[:, :stop].transpose(0, 1), values[:, :stop].transpose(0, 1)
-        mask = self._masks.get((start, stop, 0, 0))
+        mask = self._masks.get((start, stop))
         if mask is None:
             mask = torch.ones(count, stop, dtype=torch.bool).tril(start)
-            self._masks[start, stop, 0, 0] = mask
+            self._masks[start, stop] = mask
         return attend_dense(query, *seen, scale, mask, shape.softcap)
 
 
@@ -280,12 +281,8 @@ def _padding(held: List[int], view: int, dtype: torch.dtype) -> torch.Tensor | N
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros that take memory only as they are written; torch's own write them all at once."""
-    count = 1
-    for size in shape:
-        count *= size
-    return (
-        torch.from_numpy(numpy.zeros(count * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
-    )
+    raw = numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def _slot(piece: Piece) -> int:

@@ -32,9 +32,8 @@ class SlotHold:
 class Slots:
     """The slots of one cache. Called with the engine's lock held, like the scheduler."""
 
-    def __init__(self, count: int, capacity: int, *, share: bool) -> None:
-        """capacity: tokens of one slot. share: False if a layer forgets tokens (a ring)."""
-        self._capacity = capacity
+    def __init__(self, count: int, *, share: bool) -> None:
+        """share: False if a layer forgets tokens (a ring)."""
         self._share = share
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
         # free slot -> its last owner, and the tokens it was computed from

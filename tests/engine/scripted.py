@@ -139,9 +139,7 @@ class ScriptedRunner(Runner):
             kv_tokens=kv_tokens,
         )
         pages = Group(kv.pages(kv_tokens or capacity * max_sequences))
-        self.memory: Memory = (
-            Pages([pages]) if paged else Slots(max_sequences, capacity, share=True)
-        )
+        self.memory: Memory = Pages([pages]) if paged else Slots(max_sequences, share=True)
         self.before_step = before_step
         self.sick = sick
         self.broken: BaseException | None = None

@@ -536,7 +536,7 @@ def test_running_out_of_memory_in_the_loop_itself_is_a_death_too(start: Start) -
                 raise MemoryError
 
     runner = ScriptedRunner()
-    runner.memory = Leaky(2, 1000, share=True)
+    runner.memory = Leaky(2, share=True)
     died = threading.Event()
     engine = start(runner, on_death=lambda error: died.set())
     short, long = engine.submit([1], greedy(1)), engine.submit([1], greedy(900))

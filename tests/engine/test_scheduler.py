@@ -30,7 +30,7 @@ def scheduler(
     pages: int | None = None,
     score_tokens: int = 0,
 ) -> Scheduler:
-    memory = Slots(max_sequences, 1000, share=True) if pages is None else Pages([Group(pages)])
+    memory = Slots(max_sequences, share=True) if pages is None else Pages([Group(pages)])
     return Scheduler(
         memory,
         max_sequences=max_sequences,
@@ -234,7 +234,7 @@ def test_a_queue_of_zero_still_lets_sequences_run() -> None:
 def test_impossible_settings_are_named(name: str, value: int) -> None:
     settings = {"max_sequences": 1, "max_queue": 1, "step_tokens": 1, name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}; give"):
-        Scheduler(Slots(1, 10, share=True), **settings)
+        Scheduler(Slots(1, share=True), **settings)
 
 
 # --- several answers to one prompt
@@ -361,7 +361,7 @@ def test_memory_that_cannot_be_freed_leaves_the_sequence_to_those_who_end_all() 
         def free(self, sequence: Sequence, *, failed: bool = False) -> None:
             raise MemoryError
 
-    stuck = Scheduler(Stuck(1, 9, share=True), max_sequences=1, max_queue=1, step_tokens=8)
+    stuck = Scheduler(Stuck(1, share=True), max_sequences=1, max_queue=1, step_tokens=8)
     add(stuck, last := one(0, max_tokens=1))
     advance(stuck)
     with pytest.raises(MemoryError):

@@ -234,12 +234,12 @@ class Machine(RuleBasedStateMachine):
 
 class OverSlots(Machine):
     def make(self) -> Memory:
-        return Slots(MAX_SEQUENCES, LONGEST, share=True)
+        return Slots(MAX_SEQUENCES, share=True)
 
 
 class OverFewSlots(Machine):
     def make(self) -> Memory:
-        return Slots(MAX_SEQUENCES - 1, LONGEST, share=False)
+        return Slots(MAX_SEQUENCES - 1, share=False)
 
 
 class OverPages(Machine):

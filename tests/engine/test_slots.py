@@ -14,7 +14,7 @@ LONG = 4 * LEAST_SHARED
 
 
 def slots(count: int = 3, *, share: bool = True) -> Slots:
-    return Slots(count, 1000, share=share)
+    return Slots(count, share=share)
 
 
 def hold(one: Sequence) -> SlotHold:

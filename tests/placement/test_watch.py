@@ -436,14 +436,15 @@ class Asked:
 
 
 def test_the_timer_asks_again_and_again_until_it_is_closed(model: PreTrainedModel) -> None:
+    others = set(threading.enumerate())
     one = Watch(model, 0.001)
     asked = Asked(one)
     one.patrol(asked)
     assert asked.enough.wait(PATIENCE_S)
     one.close()
-    for thread in threading.enumerate():
-        if thread.name == "watch":
-            thread.join(PATIENCE_S)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
     assert set(asked.waits) == {0.0}
 
 

@@ -20,9 +20,14 @@ wsgi_app = "tests.server.fake_app:create_app"
 timeout = int(os.environ.get("TEST_HEARTBEAT_S", "120"))
 
 if os.environ.get("TEST_EXTRA_WORKER"):
-    _when_ready = globals()["when_ready"]
+    _when_ready, _child_exit = globals()["when_ready"], globals()["child_exit"]
 
     def when_ready(server):  # type: ignore[no-untyped-def]
-        """Let SIGUSR1 fork a second worker, past everything that prevents it."""
+        """Let SIGUSR1 ask for a second worker, past everything that prevents it."""
         _when_ready(server)
-        server.handle_usr1 = server.spawn_worker
+        server.handle_usr1 = lambda: setattr(server, "_num_workers", 2)
+
+    def child_exit(server, worker):  # type: ignore[no-untyped-def]
+        """One try is enough."""
+        server._num_workers = 1
+        _child_exit(server, worker)
