@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := service plugins benchmarks tests examples gunicorn.conf.py
 
-.PHONY: serve test lint types tests clean
+.PHONY: serve test lint types tests clients clean
 
 serve: $(VENV)/.installed
 	$(BIN)/moorage model fetch smollm2-135m
@@ -22,7 +22,12 @@ types: $(VENV)/.tested
 
 tests: $(VENV)/.tested
 	$(BIN)/moorage model fetch smollm2-135m
+	$(BIN)/moorage model fetch all-minilm-l6-v2
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(PYTEST_ARGS)
+
+# official clients, each in an environment of its own, against a real server: docs/clients.md
+clients: $(VENV)/.tested
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Moorage needs Python 3.11 or newer; make PYTHON=python3.12")'

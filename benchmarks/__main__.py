@@ -12,6 +12,7 @@ COMMANDS = {
     "load": "the certificate's share of a load, and how long plans for large models take",
     "linears": "CPU linear layers in each format",
     "quality": "perplexity of each CPU weight format",
+    "soak": "over HTTP, CPU: mixed and faulty clients for a long time, and whether anything leaks",
     "table": "the README's table from benchmarks/results",
     "plot": "benchmarks/results/*.png from benchmarks/results/*.json",
 }

@@ -18,12 +18,11 @@ class Measured:
     """One run. Times in seconds, rates in output tokens a second.
 
     rate: all output tokens over the whole time, prefill included. steady: while all sequences ran
-    and no prompt was being computed. first_token_s: mean over sequences.
+    and no prompt was being computed.
     """
 
     rate: float
     steady: float
-    first_token_s: float
     seconds: float
 
 
@@ -50,14 +49,9 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> Measur
     began = time.perf_counter()
     watcher.start()
     streams = [engine.submit(prompt, params) for prompt in prompts]
-    firsts: list[float] = []
     total = 0
     for stream in streams:
-        first = True
         while arrived := stream.read(600):
-            if first:
-                firsts.append(time.perf_counter() - began)
-                first = False
             total += len(arrived)
     seconds = time.perf_counter() - began
     done.set()
@@ -71,4 +65,4 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> Measur
     steady = rate
     if len(decoding) >= 2 and decoding[-1][0] > decoding[0][0]:
         steady = (decoding[-1][1] - decoding[0][1]) / (decoding[-1][0] - decoding[0][0])
-    return Measured(rate, steady, sum(firsts) / len(firsts), seconds)
+    return Measured(rate, steady, seconds)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.figures import Answer
 from benchmarks.peers import Absent
 from benchmarks.worker import ROOT
@@ -145,6 +147,11 @@ class Server:
     ) -> tuple[list[Answer], list[Answer]]:
         """See `loops.beside`. Raises RuntimeError."""
         return self._ask(background, len(background), foreground)
+
+    def worker(self) -> psutil.Process:
+        """The process below the one that was started: of gunicorn, the one with the model."""
+        (found,) = psutil.Process(self._process.pid).children()
+        return found
 
     def close(self) -> None:
         """End it with SIGTERM, its whole group harder after 40 s."""

@@ -164,6 +164,12 @@ class PlacementMismatch(StartupError):
     exit_status = 8
 
 
+class ControlFailed(StartupError):
+    """A command for the running server did not reach it, or was refused; nothing has changed."""
+
+    code = "control_failed"
+
+
 # --- while serving: this request cannot be answered
 
 
@@ -209,6 +215,14 @@ class UnknownModel(RequestError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class UnknownResponse(RequestError):
+    """A response by its id: none is kept."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "response_not_found"
 
 
 class TooLarge(RequestError):

@@ -156,6 +156,7 @@ def test_results_come_home_in_few_places_only() -> None:
         if isinstance(call.func, ast.Attribute) and call.func.attr in HOME
     }
     assert found == {
+        ("service/engine/embedding.py", "EmbeddingRunner._rows"),
         ("service/engine/plain.py", "Plain._generated"),
         ("service/engine/plain.py", "Plain._uncached"),
         ("service/engine/plain.py", "Plain.prove"),

@@ -11,6 +11,7 @@ from service.cli import doctor
 from service.cli import model
 from service.cli import plan
 from service.cli import plugins
+from service.cli import reload
 from service.cli import serve
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve.serve)
+app.command()(reload.reload)
 app.command()(plan.plan)
 app.command()(certify.certify)
 app.command()(doctor.doctor)

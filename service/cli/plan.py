@@ -249,7 +249,8 @@ def _print(made: "PlanReport", loaded: Config) -> None:
     for line in table(made.devices, columns):
         typer.echo(line)
     asked = placement.kv_tokens
-    typer.echo(f"FITS. Room for {made.room_tokens:,} tokens of KV in all; you asked for {asked:,}.")
+    room = f"Room for {made.room_tokens:,} tokens of KV in all; you asked for {asked:,}."
+    typer.echo(f"FITS. {room if asked else 'No KV cache is kept.'}")
     for note in made.notes:
         typer.echo(f"note  {note}")
 

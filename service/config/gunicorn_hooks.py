@@ -4,17 +4,21 @@ How they talk to the app: it is a Flask app whose `extensions["moorage"]` is the
 worker, after the fork, three attributes are set on it; then `start()` is called.
 
 deployment.on_ready: Callable[[str], None]
-    The model with this id may be used. Logs the line with the curl.
+    The model with this id may be used. Logs the line with the curl, which asks for an embedding if
+    `deployment.embeds`.
 deployment.on_failure: Callable[[ServiceError], None]
     It cannot be served. Logs the error's one line and ends worker and master, the latter with
     `error.exit_status`. Does not return, unless the server is stopping anyway.
 deployment.on_death: Callable[[], None]
     The engine died after it was ready. The worker ends and a fresh one loads again. Returns at
     once.
+deployment.on_reload: Callable[[Config], None]
+    `moorage reload` has changed to this configuration; a fresh worker begins with it.
 
-All three may be called from any thread. `deployment.start()` returns at once and raises nothing.
+All of them may be called from any thread. `deployment.start()` returns at once and raises nothing.
 `deployment.drain(seconds)` stops admitting, waits for what runs, ends what is left after `seconds`
-with an error event, and then returns. While it waits it may be called again, from another thread
+with an error event, and then returns. `deployment.obey(request)` yields the answers to a request
+on the control socket. While it waits it may be called again, from another thread
 and with fewer seconds: the operator became impatient, and the shorter time counts.
 """
 
@@ -30,8 +34,11 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
+from service.config import control_socket
+from service.config import keeping
 from service.config.compute_threads import compute_environment
 from service.config.compute_threads import usable_cores
+from service.config.environment import process_environment
 from service.config.environment import set_missing
 from service.config.gunicorn_log import be_quiet
 from service.config.gunicorn_log import in_json
@@ -41,6 +48,7 @@ from service.config.gunicorn_worker import Worker
 from service.config.ready_line import ready_line
 from service.config.schema import Config
 from service.errors import ConfigError
+from service.errors import ControlFailed
 from service.errors import Problem
 
 Announce = Callable[[Mapping[str, Any]], None]
@@ -158,7 +166,7 @@ class Hooks:
                 "Another worker of this server owns the model; this one does not load it."
             )
             raise SystemExit(1)
-        worker.config, worker.record = self._config, self._record
+        worker.config, worker.record = self._current(worker.log), self._record
         worker.announce, worker.head_seconds = self._announce, self._socket_seconds
         worker.body_seconds = BODY_FACTOR * self._socket_seconds
         set_missing(compute_environment(usable_cores()))
@@ -170,14 +178,45 @@ class Hooks:
 
         def on_ready(model_id: str) -> None:
             worker.record.set_served()
-            worker.log.info("%s", ready_line(self._config, model_id, address))
+            worker.log.info(
+                "%s", ready_line(self._config, model_id, address, embeds=deployment.embeds)
+            )
             ready = {"address": address, "model": model_id, "pid": os.getppid()}
             self._announce({"ready": ready})
 
         deployment.on_ready = on_ready
         deployment.on_failure = worker.fail
         deployment.on_death = worker.die
+        deployment.on_reload = lambda config: worker.record.keep(keeping.to_json(config))
         deployment.start()
+        self._listen(worker, deployment, address)
+
+    def _current(self, log: Any) -> Config:
+        """The configuration of the last reload, else that of the start."""
+        kept = self._record.kept if self._record is not None else b""
+        if not kept:
+            return self._config
+        try:
+            return keeping.from_json(kept, self._config.api_keys)
+        except ValueError:  # its worker was killed while it wrote
+            log.warning("The configuration of the last reload is lost; this is that of the start.")
+            return self._config
+
+    def _listen(self, worker: Any, deployment: Any, address: str) -> None:
+        """Take commands on the control socket. Without one that was not asked for it serves all the
+        same.
+        """
+        server = self._config.server
+        bind = address.rpartition("//")[2] if server.bind.endswith(":0") else server.bind
+        path = server.control_socket or control_socket.default_path(bind, process_environment())
+        try:
+            worker.control = control_socket.Listener(path, lambda request: deployment.obey(request))
+        except ControlFailed as error:
+            if server.control_socket is not None:
+                worker.fail(error)
+            worker.log.warning("`moorage reload` is not available: %s", error.one_line())
+        else:
+            worker.log.info("Control socket: %s", path)
 
 
 def refuse_overrides(cfg: Any, threads: int) -> None:
@@ -213,7 +252,7 @@ def _ignore(server: Any, name: str) -> Callable[[], None]:
     def ignore() -> None:
         server.log.warning(
             "SIG%s ignored: it would load a second copy of the weights beside the first."
-            " To use a changed configuration, restart.",
+            " To use a changed configuration: `moorage reload`.",
             name,
         )
 

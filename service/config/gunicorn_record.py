@@ -1,8 +1,9 @@
 """A few bytes that the gunicorn master and its workers share.
 
 The worker says in it why it could not start, so that the master can exit with the status of that
-error, and whether it ever served. A lock on it makes sure that one worker at a time owns the
-model; the kernel releases the lock when that process ends, however it ends.
+error, whether it ever served, and with which configuration after a reload. A lock on it makes sure
+that one worker at a time owns the model; the kernel releases the lock when that process ends,
+however it ends.
 """
 
 import fcntl
@@ -11,6 +12,7 @@ import tempfile
 
 _FAILURE = 0
 _SERVED = 1
+_KEPT = 2  # from here to the end
 
 
 class BootRecord:
@@ -18,7 +20,7 @@ class BootRecord:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as the server
-        os.pwrite(self._file.fileno(), bytes(2), 0)
+        os.pwrite(self._file.fileno(), bytes(_KEPT), 0)
 
     def claim(self) -> bool:
         """Worker: become the owner of the model. False if another process is."""
@@ -46,6 +48,16 @@ class BootRecord:
     @property
     def served(self) -> bool:
         return self._read(_SERVED) == 1
+
+    def keep(self, document: bytes) -> None:
+        """Worker: what the next worker is to begin with, in place of what was kept before."""
+        os.ftruncate(self._file.fileno(), _KEPT)
+        os.pwrite(self._file.fileno(), document, _KEPT)
+
+    @property
+    def kept(self) -> bytes:
+        """What `keep` got last, or nothing. Cut short if its worker ended while it wrote."""
+        return os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, _KEPT)
 
     def _write(self, position: int, value: int) -> None:
         os.pwrite(self._file.fileno(), bytes([value]), position)

@@ -44,6 +44,7 @@ from service.config.timed_body import TimedBody
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
+    from service.config.control_socket import Listener
     from service.config.gunicorn_record import BootRecord
     from service.config.schema import Config
 
@@ -54,6 +55,8 @@ RESERVE_SECONDS = 3.0
 FLUSH_SECONDS = 2.0
 QUICK_DRAIN_SECONDS = 0.5
 QUICK_FLUSH_SECONDS = 1.0
+FAREWELL_SECONDS = 0.7
+"""For sending spans at the very end: less than what is left of the reserve."""
 DIED = 70
 """Exit status of a worker whose engine died: not 3 or 4, so that the master starts a fresh one."""
 
@@ -65,6 +68,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(*args, **kwargs)
         self.config: Config | None = None
         self.record: BootRecord | None = None
+        self.control: Listener | None = None
         self.announce: Callable[[Mapping[str, Any]], None] | None = None
         self.head_seconds = 20.0
         self.exit_status = 0
@@ -193,8 +197,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def _leave(self) -> None:
         """End the process. Any thread."""
+        for farewell in _extensions(self).get("moorage_farewells", ()):
+            farewell(FAREWELL_SECONDS)
         if self.exit_status == 0 and self.record is not None:
             self.record.set_served()
+        if self.control is not None:
+            self.control.close()
         logging.shutdown()
         os._exit(self.exit_status)
 
@@ -270,7 +278,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
 def _deployment(worker: Any) -> Any:
     """The app's deployment, or None while the app has not been built."""
-    return getattr(getattr(worker, "wsgi", None), "extensions", {}).get("moorage")
+    return _extensions(worker).get("moorage")
+
+
+def _extensions(worker: Any) -> dict[str, Any]:
+    """What the app hands to its worker; empty while it has not been built."""
+    found: dict[str, Any] = getattr(getattr(worker, "wsgi", None), "extensions", {})
+    return found
 
 
 def _wake_reader(sock: socket.socket) -> None:

@@ -22,7 +22,7 @@ def absolute(setting: Setting, folder: Path) -> Setting:
 def _absolute(key: str, value: Any, folder: Path) -> Any:
     if value is None:
         return None
-    if key in ("server.api_keys_file", "offload_folder"):
+    if key in ("server.api_keys_file", "server.control_socket", "offload_folder"):
         return _below(folder, value)
     if key == "strategy_dirs":
         return [_below(folder, item) for item in value]

@@ -2,12 +2,14 @@
 
 Layers, later wins: built-in, `defaults`, `deployments.<name>`, DEVICE_MAP and QUANTIZE, MOORAGE_*,
 flags. (The chosen strategy's own defaults belong between the first two; the placement registry
-puts them there, because it knows the strategies.)
+puts them there, because it knows the strategies. Variables that are not ours, OTEL_*, are there
+as well.)
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,7 +39,7 @@ from service.config.schema import ServerConfig
 from service.errors import ConfigError
 from service.errors import Problem
 
-__all__ = ["Flags", "find", "load", "load_process"]
+__all__ = ["Flags", "again", "find", "load", "load_process"]
 
 DEFAULT_FILE = "moorage.yaml"
 
@@ -51,6 +53,17 @@ def load_process(flags: Flags) -> Config:
     """
     env = process_environment()
     return load(find(env, flags), env, flags)
+
+
+def again(config: Config, deployment: str | None = None) -> Config:
+    """The same configuration, read now: the same flags, this process's environment, the file as it
+    is. deployment: another one of its blocks. Raises ConfigError with every mistake found.
+    """
+    env = process_environment()
+    flags = config.flags
+    if deployment is not None:
+        flags = replace(flags, deployment=deployment)
+    return load(config.path or find(env, flags), env, flags)
 
 
 def find(env: Mapping[str, str], flags: Flags) -> Path | None:
@@ -92,6 +105,7 @@ def load(
     name, chosen_by = choice
 
     values = _built_in()
+    lay(values, variables.of_others(env))
     folder = Path.cwd() if path is None else path.expanduser().absolute().parent
     for layer in file.layers(name):
         lay(values, _located(layer, folder, problems))
@@ -128,6 +142,7 @@ def load(
         file.deployments,
         cache,
         keys,
+        flags,
     )
 
 

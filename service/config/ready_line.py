@@ -2,24 +2,30 @@
 
 import json
 import shlex
+from typing import Any
 from urllib.parse import urlsplit
 
 from service.config.schema import Config
 
 
-def ready_line(config: Config, model_id: str, address: str | None = None) -> str:
+def ready_line(
+    config: Config, model_id: str, address: str | None = None, *, embeds: bool = False
+) -> str:
     """What the operator reads when the model may be used, with a curl to paste.
 
     `address` is what the server really listens on, as gunicorn prints it ("http://127.0.0.1:8000",
-    "unix:/run/moorage.sock"); default: `server.bind`.
+    "unix:/run/moorage.sock"); default: `server.bind`. embeds: the model gives embeddings.
     """
     url, options = _reachable(address or config.server.bind)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    body = json.dumps({"model": model_id, "messages": question, "temperature": 0})
+    path, asked = "/v1/embeddings", dict[str, Any](input="The sea is calm tonight.")
+    if not embeds:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        path, asked = "/v1/chat/completions", {"messages": question, "temperature": 0}
+    body = json.dumps({"model": model_id, **asked})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
     shown = url if not options else (address or config.server.bind)
     return (
-        f"Moorage is ready: {shown}  try: curl {options}{url}/v1/chat/completions{key}"
+        f"Moorage is ready: {shown}  try: curl {options}{url}{path}{key}"
         f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
 

@@ -27,6 +27,7 @@ from service.config.address import check_bind
 from service.config.address import check_origin
 from service.config.api_key import ApiKey
 from service.config.api_key import KeyName
+from service.config.flags import Flags
 from service.config.origin import Origin
 
 UNITS = {
@@ -142,12 +143,29 @@ class ServerConfig(_Frozen):
     log_format: Literal["plain", "json"] = Field(
         "plain", description="Lines of the log, those of requests included."
     )
+    metrics_prefix: Literal["moorage", "vllm"] = Field(
+        "moorage",
+        description="Before the colon in the names of metrics that vLLM has too, "
+        "for dashboards made for it.",
+    )
+    tracing: Literal["off", "on"] = Field(
+        "off",
+        description="Send an OpenTelemetry span for each request to a collector (OTLP over HTTP); "
+        "needs moorage[otel]. OTEL_* variables say where; OTEL_EXPORTER_OTLP_ENDPOINT turns it on "
+        "unless this says off.",
+    )
     max_body: Bytes = Field(4 * 2**20, description="Largest request body.")
     request_timeout_s: float = Field(
         600.0, gt=0, le=86_400, description="A request that runs longer is ended with 504."
     )
     grace_s: float = Field(
         30.0, ge=5, le=3600, description="Seconds running streams get to finish after SIGTERM."
+    )
+    control_socket: FilePath | None = Field(
+        None,
+        description="Unix socket on which `moorage reload` reaches the running server, in a folder "
+        "that only its user may enter. Default: below $XDG_RUNTIME_DIR/moorage, named by the "
+        "address.",
     )
     unknown_fields: Literal["ignore", "refuse"] = Field(
         "ignore",
@@ -277,6 +295,13 @@ class DeploymentConfig(_Frozen):
         description="What to do when it is not: end the process, so that a fresh one loads it, "
         "or load it again in this one.",
     )
+    idle_unload_s: float = Field(
+        0.0,
+        ge=0,
+        le=10_000_000,
+        description="After so many seconds without a request the model is released; the next "
+        "request loads and proves it again, and waits for it. 0 never does.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code found in the model's folder. Off unless you trust it."
     )
@@ -327,7 +352,8 @@ class Config:
     or a flag says also one per entry: "options.device", "fallback[0]". "deployment", "api_keys"
     and "cache" say where the choice of the deployment, the keys and the cache folder came from.
     `notices` are sentences the operator should see, such as an old variable that overrides the
-    file. `path` is absolute, and None for the embedded default. All paths are absolute.
+    file. `flags` are what it was read with. `path` is absolute, and None for the embedded default.
+    All paths are absolute.
     """
 
     path: Path | None
@@ -339,3 +365,4 @@ class Config:
     deployments: tuple[str, ...] = ()
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "moorage")
     api_keys: tuple[ApiKey, ...] = ()
+    flags: Flags = field(default_factory=Flags)

@@ -24,6 +24,9 @@ OWN = {
 }
 """Variables that are no key of the config."""
 
+COLLECTOR = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+"""Where spans go, as every OpenTelemetry SDK reads it. One that is set turns `tracing` on."""
+
 KUBERNETES = re.compile(
     r"MOORAGE(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
     r"|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
@@ -68,6 +71,12 @@ def settings(env: Mapping[str, str]) -> tuple[list[Setting], list[Problem], list
         [f"{', '.join(foreign)}: ignored, made by Kubernetes for a service."] if foreign else []
     )
     return found, problems, notices
+
+
+def of_others(env: Mapping[str, str]) -> list[Setting]:
+    """What variables say that are not ours, below the file: OpenTelemetry's collector."""
+    names = [name for name in COLLECTOR if given(env, name)]
+    return [Setting("server.tracing", "on", Origin("env", name)) for name in names[:1]]
 
 
 def given(env: Mapping[str, str], name: str) -> str | None:

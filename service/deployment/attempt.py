@@ -112,6 +112,8 @@ def _attempt(status: Status, model: ModelConfig, tried: Tried, died: Died) -> Se
         lambda share: status.advance(LOCATED + share * (LOADED - LOCATED)),
     )
     tried.model = weakref.ref(loaded.model)
+    after = loading.allocated_bytes()
+    tried.took = {device: size - tried.before.get(device, 0) for device, size in after.items()}
     try:
         _prove(status, tried, loaded)
         tried.stage = "start"

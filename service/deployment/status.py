@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
@@ -42,7 +43,9 @@ class Ended(Exception):
 class Status:
     """Any thread may read. The loader thread writes what it finds; `state` and `error` change
     under `lock`. origins: of every value, as the step that runs has them. broken: why entries of
-    `fallback` cannot be used, drifts: why it was loaded again; a sentence each.
+    `fallback` cannot be used, drifts: why it was loaded again; a sentence each. asleep: what was
+    unloaded while nobody asked, and answers again after the next request; its engine is closed.
+    waking: whether somebody has asked.
     """
 
     def __init__(self, config: Config) -> None:
@@ -58,6 +61,8 @@ class Status:
         self.placement: Placement | None = None
         self.certificate: Certificate | None = None
         self.serving: Serving | None = None
+        self.asleep: Serving | None = None
+        self.waking = False
         self.watch: Watch | None = None
         self.tried: Tried | None = None
         self.broken: list[str] = []
@@ -65,6 +70,16 @@ class Status:
         self.attempts: list[Attempt] = []
         self.warnings: list[str] = list(config.notices)
         self._logged_at = -LOG_EVERY_S
+
+    def take_up(self, config: Config, keys: Iterable[str]) -> None:
+        """Go on with another configuration, which differs in what needs no load. keys: those of the
+        deployment's that may.
+        """
+        with self.lock:
+            self.config = config
+            if self.model is not None:
+                said = {key: getattr(config.deployment, key) for key in keys}
+                self.model = self.model.model_copy(update=said)
 
     def enter(self, state: str) -> None:
         """Go on to the next state. Raises Ended after the end."""

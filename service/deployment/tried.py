@@ -22,14 +22,15 @@ class Tried:
     """One attempt.
 
     words: the deployment as it runs. stage: what it is doing, see `Attempt`. before: bytes that
-    were allocated per device. model: as soon as one has been loaded; weak, because nothing but the
-    attempt itself may keep it alive.
+    were allocated per device. took: bytes more, once it was loaded. model: as soon as one has been
+    loaded; weak, because nothing but the attempt itself may keep it alive.
     """
 
     step: Step
     words: DeploymentConfig
     stage: str = ""
     before: dict[str, int] = field(default_factory=dict)
+    took: dict[str, int] = field(default_factory=dict)
     model: "weakref.ref[PreTrainedModel] | None" = None
 
     def release(self) -> None:
@@ -50,3 +51,12 @@ class Tried:
 
         if self.step.fault is None:
             loading.reclaim(self.model, self.before)
+
+    def expect_back(self) -> None:
+        """From what is allocated now, `reclaim` shall find what the load took to be back. For a
+        model that has served: others may have been loaded, or released, since.
+        """
+        from service.placement import loading
+
+        now = loading.allocated_bytes()
+        self.before = {device: size - self.took.get(device, 0) for device, size in now.items()}

@@ -30,6 +30,7 @@ from service.errors import StepFailed
 
 if TYPE_CHECKING:
     from service.engine.choosing import Chosen
+    from service.engine.embedding import EmbeddingRunner
     from service.engine.runner import Result
     from service.engine.runner import Runner
 
@@ -49,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: "Runner",
+        runner: "Runner | EmbeddingRunner",
         *,
         max_queue: int,
         on_death: Callable[[BaseException], None] | None = None,
@@ -92,13 +93,13 @@ class Engine:
 
     @property
     def path(self) -> str:
-        """How batches are run: "ragged" or "plain". After `start`."""
+        """How batches are run: "ragged", "plain", "padded" or "alone". After `start`."""
         return self._runner.path.name
 
     def describe(self) -> dict[str, object]:
         """The `engine` object of GET /placement; all null before `start` and after the end.
 
-        path: "ragged" or "plain". why: what keeps it from the ragged path, or "". graphs: whether
+        path: see `path`. why: what keeps it from the faster path, or "". graphs: whether
         decode steps are replayed as CUDA graphs. kv_reserved: device -> bytes of KV allocated.
         """
         found = self._runner.way
@@ -181,6 +182,12 @@ class Engine:
             self._scheduler.add(tuple(sequences), step_s=self._pace.step_s)
             self._changed.notify_all()
         return [sequence.stream for sequence in sequences]
+
+    def allow_queue(self, max_queue: int) -> None:
+        """From now on so many sequences may wait beyond those that run."""
+        with self._changed:
+            self._max_queue = max_queue
+            self._scheduler.allow_queue(max_queue)
 
     def look_with(self, look: Look) -> None:
         """Have `look` called on the engine thread, between steps, where nothing moves.

@@ -75,8 +75,9 @@ class SamplingParams:
     drawn. repetition_penalty: 1.0 is off. logit_bias: (id, what is added to its logit); each id
     once. min_tokens: no stop id is chosen before so many tokens. logprobs: None is off, 0 the
     chosen token's, k those of the k likeliest as well. prompt_logprobs: the same for every token of
-    the prompt but the first; then max_tokens may be 0. service/engine/choosing.py says in which
-    order they act and what each of them counts.
+    the prompt but the first; then max_tokens may be 0. pooled: no token is chosen, the prompt's
+    embedding is wanted; then max_tokens is 0. service/engine/choosing.py says in which order they
+    act and what each of them counts.
     """
 
     max_tokens: int
@@ -93,6 +94,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooled: bool = False
     constraint: Constraint | None = field(default=None, compare=False)
 
     @property
@@ -138,7 +140,7 @@ def check_prompt(
     """
     if not prompt:
         raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
-    least = 1 if params.prompt_logprobs is None else 0
+    least = 1 if params.prompt_logprobs is None and not params.pooled else 0
     if params.max_tokens < least:
         raise InvalidRequest(
             f"max_tokens is {params.max_tokens}; give {least} or more.", param="max_tokens"

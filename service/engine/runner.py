@@ -5,7 +5,6 @@ it, it gets token ids and positions.
 """
 
 import logging
-import threading
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from service.engine import ragged
 from service.engine.attention import Layer
 from service.engine.attention import NotCarried
 from service.engine.choosing import Chosen
+from service.engine.isolating import OwnThread
+from service.engine.isolating import apart
 from service.engine.page_cache import Budget
 from service.engine.page_cache import PageCache
 from service.engine.page_cache import capturable
@@ -38,10 +39,9 @@ from service.engine.slots import Slots
 from service.engine.state import State
 from service.errors import LoadFailed
 from service.errors import NonFiniteLogits
-from service.errors import RequestError
 from service.errors import ServiceError
-from service.errors import StepFailed
 from service.placement import architectures
+from service.placement import guard
 from service.placement import kv
 from service.placement.inputs import PlaceInputs
 
@@ -135,7 +135,7 @@ class Runner:
         self._model: PreTrainedModel | None = model
         self._place_inputs = place_inputs
         self._path: Path | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = OwnThread()
 
     @property
     def path(self) -> Path:
@@ -155,7 +155,7 @@ class Runner:
         Raises PluginError or LoadFailed, naming what is wrong, so that nothing is served that
         cannot run.
         """
-        self._claim_thread()
+        self._thread.claim()
         try:
             with torch.inference_mode():
                 self._path = self._find_path()
@@ -171,7 +171,7 @@ class Runner:
 
     def try_out(self) -> None:
         """Generate two tokens and read them back. Raises LoadFailed or PluginError."""
-        self._claim_thread()
+        self._thread.claim()
         memory = self.path.memory
         params = SamplingParams(max_tokens=min(2, self.capacity), temperature=0.0)
         sequence = Sequence(-1, (0,), params, Stream(1), choice=State(params))
@@ -199,13 +199,13 @@ class Runner:
 
         A batch that follows may be launched before the one it follows has been collected.
         """
-        self._claim_thread()
+        self._thread.claim()
         graphs = self.path.graphs
         if graphs is None or batch.prefills or len(batch.decodes) > graphs.most:
             return Launched(batch)
         try:
             states = [_state(piece.sequence) for piece in batch.decodes]
-            with torch.inference_mode():
+            with guard.stillness.step(), torch.inference_mode():
                 replayed = graphs.replay(batch)
                 pending = choosing.launch(replayed.logits, states, replayed.likeliest)
         except Exception:  # `collect` runs the batch again and finds whose fault it is
@@ -219,7 +219,7 @@ class Runner:
         Never raises for what one sequence did: a batch that fails is run again in halves until the
         guilty one is found, and only that fails.
         """
-        self._claim_thread()
+        self._thread.claim()
         batch = launched.batch
         if launched.pending is not None:
             try:
@@ -227,24 +227,9 @@ class Runner:
             except Exception:  # whatever a device may raise; the batch is run again
                 log.warning("a captured step failed", exc_info=True)
         known = _known(batch)
-        return self._step(known) if known.pieces else []
-
-    def _step(self, batch: Batch) -> list[tuple[Piece, Result]]:
-        alone = len(batch.pieces) == 1
-        if not self.path.together and not alone:
-            return [result for half in _halves(batch) for result in self._step(half)]
-        try:
-            return self._run(batch)
-        except RequestError as error:
-            known: RequestError = error
-        except Exception:  # the model and the strategy may raise anything
-            known = StepFailed("The model failed on this request. The server's log says why.")
-            if alone:
-                log.exception("a step of sequence %d failed", batch.pieces[0].sequence.id)
-        if alone:
-            return [(batch.pieces[0], known)]
-        self.path.undo()
-        return [result for half in _halves(batch) for result in self._step(half)]
+        if not known.pieces:
+            return []
+        return apart(known, self._run, together=self.path.together, undo=self.path.undo)
 
     def release(self) -> None:
         """Let go of the model and of its cache: nothing is run after this. Engine thread."""
@@ -254,7 +239,7 @@ class Runner:
             path.release()
 
     def _run(self, batch: Batch) -> list[tuple[Piece, Result]]:
-        with torch.inference_mode():
+        with guard.stillness.step(), torch.inference_mode():
             sampling, logits = self.path.logits(batch)
             states = [_state(piece.sequence) for piece in sampling]
             chosen: List[Result] = choosing.choose(logits, states) if states else []
@@ -329,16 +314,6 @@ class Runner:
         cache = PageCache(layers, budget)
         return Pages(cache.groups), cache
 
-    def _claim_thread(self) -> None:
-        """F6: with offload hooks a second thread would read weights that the first is moving."""
-        current = threading.current_thread()
-        if self._thread is None:
-            self._thread = current
-        elif self._thread is not current:
-            raise RuntimeError(
-                f"thread {current.name} tried to run the model of thread {self._thread.name} (F6)"
-            )
-
 
 def _state(sequence: Sequence) -> State:
     if sequence.choice is None:
@@ -356,14 +331,4 @@ def _known(batch: Batch) -> Batch:
             for its in batch.decodes
             if its.sequence.known >= its.stop
         )
-    )
-
-
-def _halves(batch: Batch) -> tuple[Batch, Batch]:
-    """The batch cut in two, of which each has at least one piece."""
-    middle = len(batch.pieces) // 2
-    cut = min(middle, len(batch.decodes))
-    return (
-        Batch(batch.decodes[:cut], batch.prefills[: middle - cut]),
-        Batch(batch.decodes[cut:], batch.prefills[middle - cut :]),
     )

@@ -128,6 +128,10 @@ class Scheduler:
         """Whether the engine thread has anything to do, cleaning up included."""
         return bool(self._waiting or self._running or self._ended)
 
+    def allow_queue(self, max_queue: int) -> None:
+        """So many sequences may wait from now on; those that wait already stay."""
+        self._max_queue = max_queue
+
     def add(self, sequences: tuple[Sequence, ...], *, step_s: float) -> None:
         """Queue the sequences of one request, all or none.
 
@@ -171,7 +175,7 @@ class Scheduler:
             budget = min(budget, prefill_tokens * max(len(decodes), behind) // len(decodes))
         prefills: list[Piece] = []
         scores = self._score_tokens
-        candidates = self._prefilling()
+        candidates = self._prefilling(now)
         while budget > 0 and (sequence := next(candidates, None)) is not None:
             stop = min(sequence.known, sequence.computed + budget)
             if sequence.params.prompt_logprobs is not None:
@@ -213,10 +217,10 @@ class Scheduler:
             return False
         sequence.computed = piece.stop
         self.memory.computed(sequence)
-        if token is None:
-            return False
-        if not sequence.params.max_tokens:
+        if piece.samples and not sequence.params.max_tokens:
             self.end(sequence, "length")
+            return False
+        if token is None:
             return False
         if token in sequence.params.stop_ids:
             self.end(sequence, "stop")
@@ -275,7 +279,7 @@ class Scheduler:
         self._waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _prefilling(self) -> Iterator[Sequence]:
+    def _prefilling(self, now: float) -> Iterator[Sequence]:
         """Running sequences whose tokens are not computed, then newly admitted ones, lazily: none
         is admitted before the budget has room for it.
         """
@@ -290,6 +294,8 @@ class Scheduler:
             self._running.append(found)
             if not found.generated:
                 found.stream.cached_tokens = found.computed
+            if found.stream.admitted_at is None:
+                found.stream.admitted_at = now
             yield found
 
     def _next_waiting(self) -> Sequence | None:

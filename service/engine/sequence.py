@@ -31,7 +31,9 @@ class Stream:
     logprobs: one entry for each delivered token if the request asked for them, in the same order;
     an entry is there before its token can be read. prompt_logprobs: the same for the tokens of the
     prompt from the second on, all there before the first token. ending: the stop id that ended the
-    answer, which is not delivered. cached_tokens: of the prompt, found computed.
+    answer, which is not delivered. cached_tokens: of the prompt, found computed. admitted_at: when
+    it first left the queue, on the engine's clock; None while it waits. embedding: of the prompt,
+    if that was wanted, little-endian float32; there before the end.
     """
 
     def __init__(self, prompt_tokens: int) -> None:
@@ -42,6 +44,8 @@ class Stream:
         self.prompt_logprobs: list[Chosen] = []
         self.ending: Chosen | None = None
         self.cached_tokens = 0
+        self.embedding: bytes | None = None
+        self.admitted_at: float | None = None
         self._pending: list[int] = []
         self._error: ServiceError | None = None
         self._ended = False

@@ -25,6 +25,8 @@ from service.placement import kv
 # What one more call of the attention kernel costs, as bytes of keys and values that could be read
 # instead: sequences of unlike length are attended apart when padding them would read more.
 CALL_BYTES = 200_000
+# keys of all heads of a call: with fewer, two products and what lies between cost more than SDPA
+FEWEST_MULTIPLIED = 2048
 
 
 class SlotCache:
@@ -159,7 +161,7 @@ class SlotStep:
             held = [min(piece.start + 1, length) for piece in self._decodes]
             plan = _Plan(
                 torch.tensor([piece.start % length for piece in self._decodes]),
-                tuple(_runs(self._slots, held, token_bytes, shape.dtype)),
+                tuple(_runs(self._slots, held, token_bytes)),
             )
             self._plans[length, token_bytes] = plan
         return plan
@@ -231,7 +233,7 @@ def _decode(
     mask: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """query [n, heads, size], keys and values [n, KV heads, tokens, size].
+    """query [n, heads, size], keys and values [n, KV heads, tokens, size], mask float32.
 
     Heads that share keys are folded into the query's token axis: the keys are read once for all of
     them, and a call takes a quarter of the time of `enable_gqa`, which repeats the keys.
@@ -239,17 +241,40 @@ def _decode(
     count, heads, size = query.shape
     kv_heads = keys.shape[1]
     folded = query.reshape(count, kv_heads, heads // kv_heads, size)
-    if softcap is None:
-        out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    many = keys.dtype == torch.bfloat16 and keys[..., 0].numel() >= FEWEST_MULTIPLIED
+    if many or softcap is not None:
+        out = _multiplied(folded, keys, values, scale, mask, softcap)
     else:
-        scores = softcap * torch.tanh((folded @ keys.transpose(2, 3)).float() * (scale / softcap))
-        if mask is not None:
-            scores = scores + mask
-        out = scores.softmax(-1).to(values.dtype) @ values
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(count, heads, values.shape[-1])
 
 
-def _runs(slots: List[int], held: List[int], token_bytes: int, dtype: torch.dtype) -> list[_Run]:
+def _multiplied(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """query [n, KV heads, group, size]. Attention as two products of matrices: in bfloat16 and with
+    many keys less work than SDPA's CPU kernel, whose blocks are made for long queries.
+
+    Keys times queries, because torch copies transposed keys several times as slowly. Scores are
+    rounded to the dtype once, as in transformers' own eager attention; what follows is float32.
+    """
+    count, kv_heads, group, _ = query.shape
+    products = torch.bmm(keys.flatten(0, 1), query.flatten(0, 1).transpose(1, 2))
+    scores = products.view(count, kv_heads, -1, group).transpose(2, 3).float().mul_(scale)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores += mask
+    shares = scores.softmax(-1).to(values.dtype).flatten(0, 1)
+    return torch.bmm(shares, values.flatten(0, 1)).view(count, kv_heads, group, -1)
+
+
+def _runs(slots: List[int], held: List[int], token_bytes: int) -> list[_Run]:
     """Cut the rows where slots are no neighbours, or where padding would cost more than a call."""
     runs: list[_Run] = []
     first = 0
@@ -262,20 +287,18 @@ def _runs(slots: List[int], held: List[int], token_bytes: int, dtype: torch.dtyp
                 longest = grown
                 continue
             lengths = held[first:row]
-            runs.append(
-                _Run(slots[first], first, row - first, longest, _padding(lengths, longest, dtype))
-            )
+            runs.append(_Run(slots[first], first, row - first, longest, _padding(lengths, longest)))
         if row < len(slots):
             first, longest = row, held[row]
     return runs
 
 
-def _padding(held: List[int], view: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """Additive mask [n, 1, 1, view] that hides what lies behind each sequence's tokens."""
+def _padding(held: List[int], view: int) -> torch.Tensor | None:
+    """Additive mask [n, 1, 1, view], float32, that hides what is no token of a sequence."""
     if all(count == view for count in held):
         return None
     hidden = torch.arange(view) >= torch.tensor(held)[:, None]
-    mask = torch.zeros(len(held), view, dtype=dtype)
+    mask = torch.zeros(len(held), view)
     return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 

@@ -147,6 +147,17 @@ def sha256(path: Path) -> str:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of the folder. Raises ModelUnavailable with the line."""
+    value = read_any_json(folder, name)
+    if not isinstance(value, dict):
+        raise ModelUnavailable(
+            f"{folder / name}: holds a {type(value).__name__}, not a JSON object",
+            hint=safetensors_headers.AGAIN,
+        )
+    return value
+
+
+def read_any_json(folder: Path, name: str) -> Any:
+    """What a JSON file of the folder holds. Raises ModelUnavailable with the line."""
     path = _inside(folder, name)
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:
@@ -154,7 +165,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
                 f"{path}: {path.stat().st_size:,} bytes is too large for JSON",
                 hint=safetensors_headers.AGAIN,
             )
-        value = json.loads(path.read_bytes())
+        value: Any = json.loads(path.read_bytes())
     except OSError as error:
         raise safetensors_headers.unreadable(str(path), error) from None
     except json.JSONDecodeError as error:
@@ -166,11 +177,6 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelUnavailable(
             f"{path}: not JSON: {error}", hint=safetensors_headers.AGAIN
         ) from None
-    if not isinstance(value, dict):
-        raise ModelUnavailable(
-            f"{path}: holds a {type(value).__name__}, not a JSON object",
-            hint=safetensors_headers.AGAIN,
-        )
     return value
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelUnavailable
+from service.models import sentence_files
 from service.models.catalogue import CATALOGUE
 
 Report = Callable[[str, float], None]
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CONFIG_ONLY = ("config.json",)
+CONFIG_ONLY = ("config.json", *sentence_files.SMALL)
 WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 SAFETENSORS = (*WITHOUT_WEIGHTS, "*.safetensors")
 PICKLED = (*WITHOUT_WEIGHTS, "pytorch_model*.bin")

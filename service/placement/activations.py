@@ -52,6 +52,34 @@ def step_bytes(
     return int(max(attention, mlp))
 
 
+def embedding_bytes(
+    text: Any,
+    context: int,
+    sequences: int,
+    itemsize: int,
+    *,
+    on_cuda: bool,
+    threads: int,
+    fused: bool,
+) -> int:
+    """Most bytes of one forward of a model that gives embeddings, whose texts are not cut.
+
+    A forward has STEP_TOKENS tokens with their padding, or one text that is longer. fused: its
+    attention is PyTorch's, which writes no scores out, but a mask in the dtype; else scores of all
+    heads are written out, some of them in float32. Hidden states are pooled in float32.
+    """
+    tokens = min(max(STEP_TOKENS["cuda" if on_cuda else "cpu"], context), context * sequences)
+    scores = tokens * context
+    masks = scores * (1 + 2 * itemsize)
+    if any("sliding" in kind for kind in getattr(text, "layer_types", None) or ()):
+        masks += context * context * 16  # distances between positions, in 8 bytes, twice
+    written = scores * text.num_attention_heads * (4 * itemsize + 4)
+    attention = tokens * _attention_width(text) * itemsize + masks + (0 if fused else written)
+    mlp = tokens * _mlp_width(text) * itemsize
+    pooled = tokens * text.hidden_size * (itemsize + 3 * 4)
+    return int(max(attention, mlp, pooled) + (0 if on_cuda else threads * TILES))
+
+
 def logits_bytes(text: Any, sequences: int, itemsize: int) -> int:
     """Most bytes of the logits of one step, and of what is done with them.
 

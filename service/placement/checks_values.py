@@ -134,7 +134,8 @@ def _built(
     if not isinstance(model, PreTrainedModel):
         return None
     config = copy.deepcopy(model.config)
-    with guard.LOAD_LOCK, _defaults(model.dtype, device), init_empty_weights():
+    still = guard.stillness.keep()
+    with guard.LOAD_LOCK, still, _defaults(model.dtype, device), init_empty_weights():
         try:
             if initialised:
                 built = type(model)(config)

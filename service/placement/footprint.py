@@ -22,6 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from service.config.schema import ModelConfig
 from service.errors import ModelUnavailable
 from service.models import folder
+from service.models import sentence_files
 from service.placement import activations
 from service.placement import architectures
 from service.placement import guard
@@ -55,7 +56,7 @@ class Footprint:
     KV is kept. latent is how many times larger the expanded KV of multi-head latent attention is
     than its latent vectors, 0 without it. keep: linears that must not be quantised, beside those
     that transformers keeps itself. plain: why the engine runs one sequence at a time, if that is
-    certain.
+    certain. embeds: the model gives embeddings, keeps no KV, and has no logits.
     """
 
     parameters: int
@@ -75,6 +76,7 @@ class Footprint:
     latent: float = 0.0
     keep: tuple[str, ...] = ()
     plain: str = ""
+    embeds: bool = False
 
     @property
     def weights(self) -> int:
@@ -99,10 +101,14 @@ def measure(
 
     on_cpu: layers execute on the CPU, by that many threads; else on CUDA, offloaded ones too.
 
-    Reads config.json only. Raises ModelUnavailable for a config that is not a decoder-only language
-    model or that transformers cannot read.
+    Reads config.json, and of an embedding model what sentence-transformers wrote beside it. Raises
+    ModelUnavailable for a config that is of no language model or that transformers cannot read.
     """
     hf_config = read_config(config)
+    if architectures.embeds(hf_config, config):
+        return _embedding(
+            config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16, threads=threads
+        )
     dtype = resolve_dtype(config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16)
     model = skeleton(config, hf_config, dtype)
     text = hf_config.get_text_config()
@@ -151,6 +157,50 @@ def measure(
         latent=numbers_per_token(text) / latent if latent else 0.0,
         keep=keep,
         plain=plain,
+    )
+
+
+def _embedding(
+    config: ModelConfig, hf_config: Any, *, on_cpu: bool, native_bfloat16: bool, threads: int
+) -> Footprint:
+    """Of a model that gives embeddings: nothing is kept of a text once it is through."""
+    dtype = resolve_dtype(config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16)
+    model = skeleton(config, hf_config, dtype)
+    text = hf_config.get_text_config()
+    limits = (
+        config.max_context,
+        architectures.context_limit(hf_config),
+        architectures.positions_of(model),
+        sentence_files.read(config.folder).max_tokens,
+    )
+    context = min(limit for limit in limits if limit is not None)
+    keep = _unquantisable(config, hf_config, model)
+    converted = _converted(config, model, keep)
+    return Footprint(
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(dtype).removeprefix("torch."),
+        units=tuple(_units(model, config, converted, {})),
+        ties=_ties(model),
+        quantized=len(converted),
+        kv_bytes_per_token=0,
+        context=context,
+        sequences=config.max_sequences,
+        kv_tokens=0,
+        layers=(),
+        itemsize=dtype.itemsize,
+        activations=activations.embedding_bytes(
+            text,
+            context,
+            config.max_sequences,
+            dtype.itemsize,
+            on_cuda=not on_cpu,
+            threads=threads,
+            fused=bool(model._supports_sdpa),
+        ),
+        logits=0,
+        on_cuda=not on_cpu,
+        keep=keep,
+        embeds=True,
     )
 
 
@@ -222,7 +272,8 @@ def _dtype(name: str) -> torch.dtype:
 
 def skeleton(config: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     """The model on the meta device, every tensor in its dtype and none with values."""
-    with guard.LOAD_LOCK, torch.device("meta"):  # building one sets the process's default dtype
+    # building one sets the process's default dtype
+    with guard.LOAD_LOCK, guard.stillness.keep(), torch.device("meta"):
         model = architectures.class_of(hf_config, config).from_config(
             hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
         )

@@ -6,12 +6,17 @@ each other's swap, and the process stays broken for every later load. So every l
 skeleton is built under one lock, and what could be swapped is compared with what it was when this
 module was imported.
 
-The lock and the record are module state because what they guard is global to the process.
+A model may be loaded while another one serves. Then `stillness` keeps its steps out of the short
+time in which a load has swapped what a forward may use, above all the default number format.
+
+The lock, the record and the stillness are module state because what they guard is global to the
+process.
 """
 
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +30,53 @@ from service.errors import LoadFailed
 
 # re-entrant: a strategy may look at the model's shape again while it loads
 LOAD_LOCK = threading.RLock()
+
+
+class Stillness:
+    """Steps of serving models on one side, a load that has swapped globals on the other: many steps
+    at once, but none while anything is swapped. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stepping: list[int] = []
+        self._still: int | None = None
+        self._depth = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Run a step inside. Waits while another thread keeps them out."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._still in (None, me))
+            self._stepping.append(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._stepping.remove(me)
+                self._changed.notify_all()
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Swap globals inside: waits for running steps to end, lets none begin. May be nested."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._still in (None, me))
+            self._still = me
+            self._depth += 1
+            self._changed.wait_for(lambda: set(self._stepping) <= {me})
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._depth -= 1
+                if not self._depth:
+                    self._still = None
+                self._changed.notify_all()
+
+
+stillness = Stillness()
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,13 @@ def observed(progress: Progress) -> Iterator[list[KeyReport]]:
     """
     reports: list[KeyReport] = []
     original = modeling_utils.log_state_dict_report
+    build_under = modeling_utils.local_torch_dtype
+
+    @contextmanager
+    def build_in_stillness(*args: Any) -> Iterator[None]:
+        """A model that serves makes no step while the new one is built: see `guard`."""
+        with guard.stillness.keep(), build_under(*args):
+            yield
 
     def record(*args: Any, **kwargs: Any) -> None:
         info = kwargs["loading_info"] if "loading_info" in kwargs else args[3]
@@ -219,10 +226,12 @@ def observed(progress: Progress) -> Iterator[list[KeyReport]]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     modeling_utils.log_state_dict_report = record
+    modeling_utils.local_torch_dtype = build_in_stillness
     try:
         yield reports
     finally:
         modeling_utils.log_state_dict_report = original
+        modeling_utils.local_torch_dtype = build_under
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.set_tqdm_hook(hook)
 

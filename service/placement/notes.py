@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from service.config.schema import ModelConfig
+from service.models import sentence_files
 from service.placement import kv
 from service.placement.sizes import in_words
 
@@ -53,7 +54,7 @@ def about_kv(footprint: "Footprint") -> tuple[str, ...]:
             f"{footprint.latent:.0f} times the latent vectors, because models run unmodified."
         )
     whole = footprint.context * footprint.sequences
-    if footprint.kv_tokens < whole:
+    if footprint.kv_tokens < whole and not footprint.embeds:
         at_once = kv.running(
             footprint.kv_tokens, footprint.context, footprint.sequences, on_cuda=footprint.on_cuda
         )
@@ -67,6 +68,16 @@ def about_kv(footprint: "Footprint") -> tuple[str, ...]:
             )
         )
     return tuple(said)
+
+
+def about_embeddings(config: ModelConfig, footprint: "Footprint") -> tuple[str, ...]:
+    """Said where nothing in the folder tells how an embedding is made of hidden states."""
+    if not footprint.embeds or sentence_files.is_here(config.folder):
+        return ()
+    return (
+        f"There is no {sentence_files.MODULES} beside the model: an embedding is the mean of its "
+        "tokens' hidden states, scaled to length 1.",
+    )
 
 
 def about_path(footprint: "Footprint") -> tuple[str, ...]:

@@ -199,6 +199,7 @@ def _placed(
             *notes.about_context(config, footprint.context),
             *notes.about_files(config, footprint),
             *notes.about_kv(footprint),
+            *notes.about_embeddings(config, footprint),
             *notes.about_path(footprint),
             *notes.about_offload(resting, footprint.weights),
         ),

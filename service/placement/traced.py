@@ -4,6 +4,7 @@ A weight that was left on meta usually raises nothing, on CPU or GPU: the result
 memory with the right shape and device. The mode sees the meta tensor go in.
 """
 
+import inspect
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ def forward(
     watch = _Watch()
     try:
         with torch.inference_mode(), _named(model, watch), watch:
-            logits: torch.Tensor = _answer(model(**inputs, use_cache=False))
+            logits: torch.Tensor = _answer(model(**inputs, **_uncached(model)))
     except PlacementMismatch:
         raise
     except Exception as error:  # a model may raise anything; the operator gets the module's name
@@ -144,6 +145,12 @@ def forward(
             raise
         raise _cannot_run(model, failed_in, error) from error
     return logits, watch.operators
+
+
+def _uncached(model: torch.nn.Module) -> dict[str, bool]:
+    """No cache is made; an encoder's forward does not know the word."""
+    names = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if {"use_cache", "kwargs"} & names.keys() else {}
 
 
 def _answer(output: Any) -> torch.Tensor:

@@ -72,6 +72,11 @@ class Reading:
     close: str = ""
     control: re.Pattern[str] | None = None
 
+    @property
+    def thinks(self) -> bool:
+        """Whether an answer may have thoughts."""
+        return any(name in THOUGHTS for name in self.template["fields"])
+
     def reader(self) -> "AnswerReader":
         """For one answer."""
         return AnswerReader(self)
@@ -159,7 +164,10 @@ def _path(item: Any, wanted: Any) -> Iterator[str]:
 
 
 class AnswerReader:
-    """Text of one answer in, deltas out. What they say, joined, is all of the answer."""
+    """Text of one answer in, deltas out. What they say, joined, is all of the answer.
+
+    calls: begun so far. thought_tokens: tokens of the thoughts so far, with those around them.
+    """
 
     def __init__(self, reading: Reading) -> None:
         from transformers.utils.chat_parsing import ResponseParser
@@ -172,10 +180,22 @@ class AnswerReader:
         self._recent = ""  # all text since a call began
         self._space = ""
         self._fresh = True  # nothing but white space has been said since the last other part
+        self._thought_space: str | None = None  # None until one has begun
+        self._thinking = False
+        for event in self._parser.initial_events:
+            self._notice(event)
         self.calls = 0
+        self.thought_tokens = 0
 
-    def feed(self, text: str) -> list[Delta]:
-        """What has become certain with this text."""
+    def feed(self, text: str, tokens: int = 0) -> list[Delta]:
+        """What has become certain with this text, of so many tokens."""
+        before = self._thinking
+        deltas = self._feed(text)
+        if before or self._thinking:
+            self.thought_tokens += tokens
+        return deltas
+
+    def _feed(self, text: str) -> list[Delta]:
         if self._parser is None:
             return list(self._said(text))
         self._recent = self._recent + text if self._call.open else text
@@ -203,21 +223,40 @@ class AnswerReader:
         """The tokenizer's own template could not read a call: from here on all is text."""
         LOG.info("a call could not be read: %s", type(error).__name__)
         self._parser = None
+        self._thinking = False
         if not self._call.begun:
             at = self._recent.find(self._call.raw) if self._call.open else 0
             yield from self._said(self._recent[max(0, at) :])
 
     def _event(self, event: Mapping[str, Any]) -> Iterator[Delta]:
         name, kind = event["field"], event["type"]
+        self._notice(event)
         if name == "tool_calls":
             self._fresh = True
             yield from self._of_call(kind, event)
         elif kind == "region_chunk" and name in THOUGHTS:
             self._fresh = True
-            if text := self._shown(event["text"]):
-                yield Delta(reasoning=text)
+            yield from self._thought(event["text"])
         elif kind == "region_chunk":
             yield from self._said(event["text"])
+
+    def _notice(self, event: Mapping[str, Any]) -> None:
+        """Where the parser is."""
+        if event["type"] != "region_chunk":
+            self._thinking = event["type"] == "region_open" and event["field"] in THOUGHTS
+            self._thought_space = None
+
+    def _thought(self, text: str) -> Iterator[Delta]:
+        """Thoughts, without the white space at their ends, which is the template's."""
+        text = (self._thought_space or "") + self._shown(text)
+        if self._thought_space is None:
+            text = text.lstrip()
+        kept = text.rstrip()
+        if kept:
+            self._thought_space = text[len(kept) :]
+            yield Delta(reasoning=kept)
+        elif self._thought_space is not None:
+            self._thought_space = text
 
     def _of_call(self, kind: str, event: Mapping[str, Any]) -> Iterator[Delta]:
         if kind == "region_open":

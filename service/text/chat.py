@@ -1,7 +1,6 @@
 """Messages and plain prompts to token ids."""
 
 import functools
-import logging
 import re
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -10,15 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
 
-from jinja2 import TemplateError
-
 from service.errors import ContextTooLong
 from service.errors import InvalidRequest
+from service.text import templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,10 @@ def render(
                 hint="take it out, or write the whole prompt yourself for /v1/completions",
             )
     _refuse_endless(tokenizer, characters, max_context, "messages")
-    return _render(tokenizer, messages, tools)
+    text = templates.render(tokenizer, messages, tools)
+    # The template may have added any amount.
+    _refuse_endless(tokenizer, len(text), max_context, "messages")
+    return text
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -126,30 +125,6 @@ def encode_text(
     """
     _refuse_endless(tokenizer, len(prompt), max_context, param)
     return _ids(tokenizer, prompt, special=True)
-
-
-def _render(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-    except TemplateError as error:
-        message = f"the chat template of this model refuses the messages: {error}"
-        raise InvalidRequest(message, param="messages") from error
-    except (
-        Exception
-    ) as error:  # a template is a program from the model's folder; it may raise anything
-        LOG.warning("chat template raised %s", type(error).__name__, exc_info=True)
-        message = f"the chat template of this model fails on the messages: {type(error).__name__}"
-        raise InvalidRequest(message, param="messages") from error
-    return str(text)
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:

@@ -255,7 +255,11 @@ def json_grammar(
 def check_schema(schema: Mapping[str, Any], param: str) -> None:
     """Raise InvalidRequest for a schema that would cost too much to look at."""
     multiples: list[int] = []
-    for depth, key, value in _walk(schema):
+    for count, (depth, key, value) in enumerate(_walk(schema)):
+        if count > MAX_GRAMMAR_CHARACTERS:  # before it is written to see how long it is
+            raise InvalidRequest(
+                f"{param} has more than {MAX_GRAMMAR_CHARACTERS} characters", param=param
+            )
         if depth > MAX_SCHEMA_DEPTH:
             raise InvalidRequest(
                 f"{param} is nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Literal
+from typing import NamedTuple
 
 from service.engine.sequence import Stream
 from service.errors import EngineStopped
@@ -20,16 +21,25 @@ HELD_TOKENS = 32
 LONGEST_CHARACTER = 4
 
 
+class Step(NamedTuple):
+    """Text that became certain with one token, or at the end with none."""
+
+    text: str
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Piece:
     """Text that may be shown now; empty when nothing can be.
 
     completion_tokens: tokens generated up to here. finish_reason: set on the last piece only.
+    steps: the same text token by token, for someone who takes the answer apart.
     """
 
     text: str
     completion_tokens: int
     finish_reason: Literal["stop", "length"] | None = None
+    steps: tuple[Step, ...] = ()
 
 
 def pieces(
@@ -45,7 +55,7 @@ def pieces(
     stop: strings that end the answer. They are found across token boundaries, held back while
     partial, never shown; the sequence is then cancelled in the engine. An empty piece comes
     whenever `tick_s` seconds bring no token, so that the caller can look after its client.
-    control: show control tokens as well, for someone who takes the answer apart by them.
+    control: show control tokens as well, and steps, for someone who takes the answer apart.
     Raises the ServiceError with which the sequence failed, or EngineStopped if someone else
     cancelled it.
     """
@@ -60,23 +70,30 @@ def pieces(
             continue
         if not arrived:
             break
-        text = ""
+        steps: list[Step] = []
         # With stop strings one token at a time, so that tokens after the stop are not counted.
-        for ids in [[token] for token in arrived] if stop else [arrived]:
+        for ids in [[token] for token in arrived] if stop or control else [arrived]:
             count += len(ids)
-            text += finder.feed(detokenizer.feed(ids))
+            steps.append(Step(finder.feed(detokenizer.feed(ids)), len(ids)))
             if finder.found:
                 stream.cancel()
-                yield Piece(text, count, "stop")
+                yield _piece(steps, count, "stop", control)
                 return
-        yield Piece(text, count)
+        yield _piece(steps, count, None, control)
     text = finder.feed(detokenizer.flush())
     if finder.found:
-        yield Piece(text, count, "stop")
+        yield _piece([Step(text, 0)], count, "stop", control)
         return
     if stream.finish_reason is None or stream.finish_reason == "cancelled":
         raise EngineStopped("the sequence was cancelled before it was complete")
-    yield Piece(text + finder.flush(), count, stream.finish_reason)
+    yield _piece([Step(text + finder.flush(), 0)], count, stream.finish_reason, control)
+
+
+def _piece(
+    steps: list[Step], count: int, reason: Literal["stop", "length"] | None, control: bool
+) -> Piece:
+    text = "".join(step.text for step in steps)
+    return Piece(text, count, reason, tuple(steps) if control else ())
 
 
 class Detokenizer:

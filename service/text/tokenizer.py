@@ -5,6 +5,7 @@ from typing import Any
 
 from service.config.schema import ModelConfig
 from service.errors import ModelUnavailable
+from service.text import templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
             f"{' '.join(str(error).split())[:300]}",
             hint="the folder needs tokenizer.json, or the files of a tokenizer transformers knows",
         ) from None
+    if tokenizer.chat_template is not None:
+        templates.renderer().start()  # by the first conversation it is there
     return tokenizer
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
 
-from jinja2 import TemplateError
-
+from service.errors import InvalidRequest
 from service.errors import UnsupportedParameter
+from service.text import templates
 from service.text.chat import vocabulary
 from service.text.constraints import LARK
 from service.text.constraints import THOUGHT
@@ -33,6 +33,7 @@ _NAMES = ("moorage_probe_one", "moorage_probe_two")
 _ARGUMENTS = ({"moorage_probe_key": "first value"}, {"moorage_probe_key": "second value"})
 _IDS = ("moorage01", "moorage02")  # nine letters and digits, which Mistral's templates demand
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_OPENED = re.compile(r"<think>\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -127,23 +128,16 @@ def _render(
     prompt: bool = False,
 ) -> str | None:
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
-    except TemplateError:
+        return templates.render(tokenizer, messages, tools, prompt=prompt)
+    except InvalidRequest:
         return None
-    except Exception:  # a template is a program from the model's folder; it may raise anything
-        return None
-    return str(text)
 
 
 def _format(
     tokenizer: "PreTrainedTokenizerBase", asked: str, called: str, twice: str | None
 ) -> ToolFormat | None:
     """From a prompt, the same with one call, and with two."""
+    asked = _OPENED.sub("", asked)  # what follows there is thoughts, not a call
     one = _THOUGHT.sub("", called[len(_common(asked, called)) :])
     first = _parts(one, 0)
     if first is None:

@@ -13,17 +13,35 @@ from service.deployment import Serving
 from service.errors import InvalidRequest
 from service.text.chat import encode_text
 from service.text.token_texts import token_texts
+from service.web import answers
 from service.web import generation
 from service.web import logprobs
+from service.web import routes
 from service.web.admission import Slots
+from service.web.choices import Choices
 from service.web.generation import Job
 from service.web.generation import Part
 from service.web.generation import Work
 from service.web.logprobs import CompletionLogprobs
+from service.web.routes import Operation
+from service.web.schemas import COMPLETION
 from service.web.schemas import completion_request
 
 if TYPE_CHECKING:
     from service.engine.choosing import Chosen
+
+OPERATION = Operation(
+    "Raw prompts in, their continuations out",
+    answers.Completion,
+    COMPLETION,
+    events=answers.CompletionChunk,
+    errors=routes.OF_ANSWER,
+    examples={
+        "a text": {"prompt": "Once upon a time", "max_tokens": 16},
+        "two texts, streamed": {"prompt": ["One", "Two"], "max_tokens": 4, "stream": True},
+        "scores of a prompt": {"prompt": "Hi", "max_tokens": 0, "echo": True, "logprobs": 1},
+    },
+)
 
 
 def add_routes(app: Flask, deployment: Deployment, slots: Slots) -> None:
@@ -43,9 +61,11 @@ def add_routes(app: Flask, deployment: Deployment, slots: Slots) -> None:
         return Job(request, prompts, "prompt", echo, scored)
 
     def completions() -> Response:
-        return generation.answer(deployment, slots, read, CompletionShape)
+        return generation.answer(
+            deployment, slots, read, lambda work: Choices(work, CompletionShape(work))
+        )
 
-    app.add_url_rule("/v1/completions", view_func=completions, methods=["POST"])
+    routes.add(app, "/v1/completions", completions, OPERATION)
 
 
 def _encoded(prompt: str | tuple[int, ...], serving: Serving) -> tuple[int, ...]:
@@ -73,6 +93,7 @@ class CompletionShape:
     prefix = "cmpl-"
     object = "text_completion"
     chunk_object = "text_completion"
+    reasoning_tokens = None  # a prompt that somebody wrote has no thoughts that are known
 
     def __init__(self, work: Work) -> None:
         self._job = work.job

@@ -88,6 +88,53 @@ COMPLETION_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 
+EMBEDDING_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    # vLLM
+    "add_special_tokens": (True,),
+    "add_generation_prompt": (False,),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "embed_dtype": ("float32",),
+    "endianness": ("little",),
+    "messages": (),
+    "mm_processor_kwargs": ({},),
+    "normalize": (),
+    "pooling": (),
+    "priority": (0,),
+    "softmax": (),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_activation": (),
+    # of other servers and services that clients are switched between
+    "input_type": (),
+    "task": (),
+    "truncate": (False, "NONE"),
+}
+
+# max_tool_calls counts calls of tools that the server runs itself, of which there are none.
+RESPONSE_HARMLESS = (HARMLESS - {"metadata"}) | {"max_tool_calls"}
+RESPONSE_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    **CHAT_NOT_DONE,
+    "access_programs": (),
+    "background": (False,),
+    "background_options": ({},),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "truncation": ("disabled",),
+    # names that these things have in a chat
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "messages": (),
+    "n": (1,),
+    "response_format": ({"type": "text"},),
+}
+
 # Of a message.
 MESSAGE_DONE = frozenset(
     {"role", "content", "name", "reasoning_content", "tool_call_id", "tool_calls"}

@@ -4,17 +4,20 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Any
 
 from service.errors import InvalidRequest
 from service.errors import UnsupportedParameter
+from service.text.answer import AnswerReader
 from service.text.answer import Delta
 from service.text.answer import Reading
 from service.text.answer import reading
 from service.text.answer import thinking
 from service.text.constraints import grammars
 from service.text.constraints import json_grammar
+from service.text.stream import Step
 from service.text.tools import forced_calls
 from service.text.tools import tool_use
 from service.web.schemas import ChatRequest
@@ -152,6 +155,30 @@ def reading_of(request: ChatRequest, serving: "Serving", prompt: str) -> Reading
 
 
 # --- answers
+
+
+def read(reader: AnswerReader, steps: Iterable[Step]) -> list[Delta]:
+    """What an answer says with these steps, with what belongs together in one piece."""
+    found: list[Delta] = []
+    for text, tokens in steps:
+        for delta in reader.feed(text, tokens):
+            joined = _joined(found[-1], delta) if found else None
+            if joined is None:
+                found.append(delta)
+            else:
+                found[-1] = joined
+    return found
+
+
+def _joined(one: Delta, two: Delta) -> Delta | None:
+    """Two deltas as one; None if they are not of the same thing."""
+    if one.content and two.content:
+        return Delta(content=one.content + two.content)
+    if one.reasoning and two.reasoning:
+        return Delta(reasoning=one.reasoning + two.reasoning)
+    if one.call is None or two.call is None or two.call.name is not None:
+        return None
+    return Delta(call=replace(one.call, arguments=one.call.arguments + two.call.arguments))
 
 
 def delta_of(deltas: Iterable[Delta]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-import uuid
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -24,10 +23,12 @@ from service.engine.params import SamplingParams
 from service.engine.sequence import Stream
 from service.errors import ClientGone
 from service.errors import ContextTooLong
+from service.errors import DeadlineExceeded
 from service.errors import InvalidRequest
 from service.errors import UnknownModel
 from service.text.answer import Reading
 from service.text.stream import Piece
+from service.text.stream import Step
 from service.text.stream import pieces
 from service.web import sse
 from service.web.access import Record
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 TICK_S = 0.25
+# The engine ends what is late between two steps; so long after, a step must be hanging.
+HUNG_S = 2.0
 # logprobs that one request may ask for: some 100 bytes each until its answer is written
 MAX_TOLD = 2**22
 
@@ -70,45 +73,50 @@ class Job:
 
 @dataclass(frozen=True)
 class Part:
-    """What comes next of one choice, or all of it.
+    """What comes next of one answer, or all of it.
 
-    tokens: with their logprobs, if those were asked for. finish_reason: of the last part.
+    tokens: with their logprobs, if those were asked for. completion_tokens: up to here.
+    finish_reason: of the last part. steps: the text token by token, if answers are taken apart.
     """
 
     text: str
     tokens: tuple["Chosen", ...] = ()
     finish_reason: str | None = None
+    completion_tokens: int = 0
+    steps: tuple[Step, ...] = ()
 
 
-class Shape(Protocol):
-    """How answers are written in JSON: the difference between the two endpoints.
+class Writer(Protocol):
+    """How the answers to one request are written in JSON: the difference between the endpoints.
 
-    One for each request. It is told of every part of every choice in order.
+    Either `whole` or `events` is called, once; they read the answers with `parts`.
     """
 
-    prefix: str
-    object: str
-    chunk_object: str
+    ending: bytes
 
-    def choice(self, index: int, answer: Part) -> dict[str, Any]:
-        """A whole answer."""
+    def whole(self) -> dict[str, Any]:
+        """All of it, when the answers are complete."""
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream starts with, before there is text."""
+    def events(self) -> Iterator[Mapping[str, Any] | None]:
+        """The events of a stream; None when there is nothing to say."""
 
-    def delta(self, index: int, part: Part) -> dict[str, Any]:
-        """A part of an answer, or its end."""
+    def failed(self, error: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The event that ends a stream with an error, in place of the rest and of `ending`."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A job that is in the engine. streams: `n` for each prompt, in the order of choices."""
+    """A job that is in the engine. streams: `n` for each prompt, in the order of choices.
+
+    deadline: seconds on the clock of `time.monotonic`.
+    """
 
     job: Job
     serving: Serving
     streams: tuple[Stream, ...]
     environ: Mapping[str, Any]
     record: Record
+    deadline: float
 
     def cancel(self) -> None:
         for stream in self.streams:
@@ -119,20 +127,20 @@ def answer(
     deployment: Deployment,
     slots: Slots,
     read: Callable[[Mapping[str, Any], Serving], Job],
-    make_shape: Callable[[Work], Shape],
+    make_writer: Callable[[Work], Writer],
 ) -> Response:
     """Answer the current request.
 
     read: turns the JSON body into a Job. The sequences are submitted before a streaming response
     is built, so that a full queue is a real 429 and a prompt that is too long a real 400.
     """
-    serving = deployment.serving()
-    config = deployment.config
     # Before reading: a body that comes slowly keeps a thread as well.
     slot = slots.take(g.record.key)
     try:
-        body = read_json(request.environ, config.server.max_body)
-        job = read(body, serving)
+        serving = slot.use(deployment, g.deadline)
+        check_generates(serving)
+        config = deployment.config
+        job = read(read_json(request.environ, config.server.max_body), serving)
         most = config.deployment.max_sequences + config.server.max_queue
         n = job.request.n
         if len(job.prompts) * n > most:
@@ -143,13 +151,14 @@ def answer(
             )
         work = _submit(job, serving, g.deadline, request.environ)
         slot.follow(work.record.prompt_tokens or 0, work.streams)
-        shape = make_shape(work)
+        writer = make_writer(work)
         if job.request.stream:
-            response = sse.response(sse.stream(_events(work, shape), g.request_id))
+            body = sse.stream(writer.events(), g.request_id, writer.failed, writer.ending)
+            response = sse.response(body)
             response.call_on_close(work.cancel)
             response.call_on_close(slot.release)
             return response
-        result = jsonify(_whole(work, shape))
+        result = jsonify(writer.whole())
     except BaseException:
         slot.release()
         raise
@@ -163,6 +172,16 @@ def check_model(name: str, serving: Serving) -> None:
         raise UnknownModel(
             f"the model {short(name)} does not exist here; this server serves {serving.model_id}",
             param="model",
+        )
+
+
+def check_generates(serving: Serving) -> None:
+    """Raise InvalidRequest for a model that gives embeddings only."""
+    if serving.embeddings is not None:
+        raise InvalidRequest(
+            f"{serving.model_id} gives embeddings; it generates no text",
+            param="model",
+            hint="ask /v1/embeddings, or serve a model that generates",
         )
 
 
@@ -185,8 +204,8 @@ def _submit(job: Job, serving: Serving, deadline: float, environ: Mapping[str, A
     record: Record = g.record
     streams = serving.engine.submit_all(prompts, deadline, owner=record.key)
     # A prompt that occurs again is computed once.
-    record.submitted(sum(map(len, set(job.prompts))), len(streams))
-    return Work(job, serving, tuple(streams), environ, record)
+    record.submitted(serving.model_id, sum(map(len, set(job.prompts))), streams)
+    return Work(job, serving, tuple(streams), environ, record, deadline)
 
 
 def _check_told(prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> None:
@@ -223,11 +242,11 @@ def _sampling(job: Job, serving: Serving, prompt_tokens: int) -> SamplingParams:
     own_stops = frozenset() if wanted.ignore_eos else serving.stop_ids
     return SamplingParams(
         max_tokens=limit,
-        temperature=_first(wanted.temperature, serving.defaults.get("temperature"), 1.0),
-        top_k=max(0, int(_first(wanted.top_k, serving.defaults.get("top_k"), 0))),
-        top_p=_first(wanted.top_p, serving.defaults.get("top_p"), 1.0),
-        min_p=_first(wanted.min_p, serving.defaults.get("min_p"), 0.0),
-        repetition_penalty=_first(
+        temperature=first_of(wanted.temperature, serving.defaults.get("temperature"), 1.0),
+        top_k=max(0, int(first_of(wanted.top_k, serving.defaults.get("top_k"), 0))),
+        top_p=first_of(wanted.top_p, serving.defaults.get("top_p"), 1.0),
+        min_p=first_of(wanted.min_p, serving.defaults.get("min_p"), 0.0),
+        repetition_penalty=first_of(
             wanted.repetition_penalty, serving.defaults.get("repetition_penalty"), 1.0
         ),
         presence_penalty=wanted.presence_penalty,
@@ -242,7 +261,7 @@ def _sampling(job: Job, serving: Serving, prompt_tokens: int) -> SamplingParams:
     )
 
 
-def _first(asked: float | None, recommended: float | None, otherwise: float) -> float:
+def first_of(asked: float | None, recommended: float | None, otherwise: float) -> float:
     """What the request asks for, else the model's files, else OpenAI's default."""
     if asked is not None:
         return float(asked)
@@ -253,7 +272,8 @@ def _arriving(work: Work) -> Iterator[tuple[int, Piece]]:
     """Pieces of all answers as they come, with their index.
 
     Cancels everything if not read to the end. Raises ClientGone when the client has left (looked
-    at every TICK_S, also while queued), or the error of a sequence.
+    at every TICK_S, also while queued), DeadlineExceeded when a step hangs beyond it, or the error
+    of a sequence.
     """
     stop = work.job.request.stop
     control = work.job.reading is not None
@@ -273,6 +293,8 @@ def _arriving(work: Work) -> Iterator[tuple[int, Piece]]:
                     looked = time.monotonic()
                     if client_gone(work.environ):
                         raise ClientGone("the client closed the connection")
+                    if looked >= work.deadline + HUNG_S:
+                        raise DeadlineExceeded("The request took longer than it was given.")
                 if piece.finish_reason is not None:
                     del running[index]
                 yield index, piece
@@ -282,90 +304,34 @@ def _arriving(work: Work) -> Iterator[tuple[int, Piece]]:
         raise
 
 
-def _parts(work: Work) -> Iterator[tuple[int, Piece, tuple["Chosen", ...]]]:
-    """Pieces as they come, with their index and the tokens that have logprobs to tell.
+def parts(work: Work) -> Iterator[tuple[int, Part]]:
+    """What comes of all answers, with their index; empty parts are moments without news.
 
-    Tokens wait for a piece that is shown: text of several of them may come with the last only.
+    Tokens and steps wait for a part that is shown: text of several may come with the last only.
+    Raises what `_arriving` raises.
     """
     told = [0 for _ in work.streams]
+    held: list[tuple[Step, ...]] = [() for _ in work.streams]
     wanted = work.job.request.reported is not None
     for index, piece in _arriving(work):
+        count = piece.completion_tokens
+        held[index] += piece.steps
+        if not piece.text and piece.finish_reason is None:
+            yield index, Part("", completion_tokens=count)
+            continue
         tokens: tuple[Chosen, ...] = ()
-        if wanted and (piece.text or piece.finish_reason is not None):
-            tokens = tuple(work.streams[index].logprobs[told[index] : piece.completion_tokens])
-            told[index] = piece.completion_tokens
-        yield index, piece, tokens
+        if wanted:
+            tokens = tuple(work.streams[index].logprobs[told[index] : count])
+            told[index] = count
+        steps, held[index] = held[index], ()
+        yield index, Part(piece.text, tokens, piece.finish_reason, count, steps)
 
 
-def _whole(work: Work, shape: Shape) -> dict[str, Any]:
-    texts: list[list[str]] = [[] for _ in work.streams]
-    tokens: list[list[Chosen]] = [[] for _ in work.streams]
-    reasons: list[str | None] = [None for _ in work.streams]
-    counts = [0 for _ in work.streams]
-    for index, piece, its_tokens in _parts(work):
-        texts[index].append(piece.text)
-        tokens[index] += its_tokens
-        reasons[index] = piece.finish_reason
-        counts[index] = piece.completion_tokens
-    choices = [
-        shape.choice(index, Part("".join(texts[index]), tuple(tokens[index]), reason))
-        for index, reason in enumerate(reasons)
-    ]
-    return {
-        **_head(work, shape.prefix, shape.object),
-        "choices": choices,
-        "usage": _usage(work, counts),
-    }
+def prompt_tokens(work: Work) -> tuple[int, int]:
+    """Tokens of all prompts, and how many of those were found computed.
 
-
-def _events(work: Work, shape: Shape) -> Iterator[dict[str, Any] | None]:
-    """Chunks of a streamed answer; None when there is nothing to say."""
-    head = _head(work, shape.prefix, shape.chunk_object)
-    options = work.job.request.stream_options
-    counts = [0 for _ in work.streams]
-
-    def chunk(choice: dict[str, Any]) -> dict[str, Any]:
-        event = {**head, "choices": [choice]}
-        if options.continuous_usage_stats:
-            event["usage"] = _usage(work, counts)
-        elif options.include_usage:
-            event["usage"] = None
-        return event
-
-    for index in range(len(work.streams)):
-        opening = shape.opening(index)
-        if opening is not None:
-            yield chunk(opening)
-    for index, piece, tokens in _parts(work):
-        counts[index] = piece.completion_tokens
-        if piece.text:
-            yield chunk(shape.delta(index, Part(piece.text, tokens)))
-            tokens = ()
-        if piece.finish_reason is not None:
-            yield chunk(shape.delta(index, Part("", tokens, piece.finish_reason)))
-        elif not piece.text:
-            yield None
-    if options.include_usage:
-        yield {**head, "choices": [], "usage": _usage(work, counts)}
-
-
-def _head(work: Work, prefix: str, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"{prefix}{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": work.serving.model_id,
-    }
-
-
-def _usage(work: Work, completion_tokens: Sequence[int]) -> dict[str, Any]:
-    """Tokens of the request: a prompt counts once, however many answers it has."""
+    A prompt counts once, however many answers it has.
+    """
     firsts = work.streams[:: work.job.request.n]
-    prompt = sum(stream.prompt_tokens for stream in firsts)
-    completion = sum(completion_tokens)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(stream.cached_tokens for stream in firsts)},
-    }
+    found = sum(stream.cached_tokens for stream in firsts)
+    return sum(stream.prompt_tokens for stream in firsts), found

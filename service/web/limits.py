@@ -18,8 +18,11 @@ class Accounts:
     """One account for each name of a key, made when it is first used. Any thread."""
 
     def __init__(
-        self, limits: Mapping[str, KeyLimits], clock: Callable[[], float] = time.monotonic
+        self,
+        limits: Callable[[], Mapping[str, KeyLimits]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """limits: those of now, by the name of a key: a reload may change them."""
         self._limits = limits
         self._clock = clock
         self._accounts: dict[str, Account] = {}
@@ -27,11 +30,14 @@ class Accounts:
 
     def of(self, name: str) -> "Account":
         """The account of this key; "" (a server without keys) has no limits."""
-        limits = self._limits.get(name, self._limits.get(DEFAULT, NONE)) if name else NONE
+        now = self._limits()
+        limits = now.get(name, now.get(DEFAULT, NONE)) if name else NONE
         with self._lock:
             if name not in self._accounts:
                 self._accounts[name] = Account(limits, self._clock)
-            return self._accounts[name]
+            account = self._accounts[name]
+        account.limit(limits)
+        return account
 
 
 class Account:
@@ -49,6 +55,13 @@ class Account:
         self._open = 0
         self._balance = float(limits.tokens_per_minute or 0)
         self._at = clock()
+
+    def limit(self, limits: KeyLimits) -> None:
+        """From now on it may take this. Another token rate begins with those of a minute."""
+        with self._lock:
+            if limits.tokens_per_minute != self._limits.tokens_per_minute:
+                self._balance, self._at = float(limits.tokens_per_minute or 0), self._clock()
+            self._limits = limits
 
     def enter(self) -> None:
         """Count one more open request. Raises RateLimited."""

@@ -1,6 +1,7 @@
 """GET /metrics: the deployment in Prometheus' text format, read when it is asked for.
 
-Names end as vLLM's do, so that dashboards need another prefix only.
+What vLLM has too has its name and labels, under the prefix of `server.metrics_prefix`; what it
+does not have (state, placement, proof, watch) is always `moorage:`.
 """
 
 from collections.abc import Iterator
@@ -20,29 +21,39 @@ from prometheus_client.registry import Collector
 from service.deployment import Deployment
 from service.errors import NotReady
 from service.errors import PlacementDrifted
+from service.web import routes
+from service.web.latency import ENGINE
+from service.web.latency import LABELS
+from service.web.routes import Operation
 
-STATES = ("planned", "loading", "validating", "ready", "degraded", "draining", "failed")
-# of the engine's counts: attribute, metric, what it is
+STATES = ("planned", "loading", "validating", "ready", "idle", "degraded", "draining", "failed")
+# of the engine's counts: attribute, metric, what it is. First those that vLLM has.
 GAUGES = (
     ("running", "num_requests_running", "Sequences that are computed now."),
     ("waiting", "num_requests_waiting", "Sequences that wait to be computed."),
-    ("kv_tokens", "kv_tokens_used", "Tokens held in the KV cache."),
 )
 COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Tokens of prompts computed since the start."),
     ("tokens", "generation_tokens", "Tokens chosen since the start."),
+    ("preemptions", "num_preemptions", "Sequences that gave way for want of memory."),
+    ("prefix_tokens", "prefix_cache_hits", "Tokens of prompts that were found computed."),
+)
+OWN_GAUGES = (("kv_tokens", "kv_tokens_used", "Tokens held in the KV cache."),)
+OWN_COUNTERS = (
     ("steps", "engine_steps", "Forwards run since the start."),
     ("failed", "request_failure", "Sequences that ended because their step failed."),
 )
 
 
-def add_routes(app: Flask, deployment: Deployment) -> None:
-    registry = CollectorRegistry()
+def add_routes(app: Flask, deployment: Deployment, registry: CollectorRegistry) -> None:
+    """registry: what it has is told as well."""
     registry.register(_Collected(deployment))
 
     def metrics() -> Response:
         return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    app.add_url_rule("/metrics", view_func=metrics)
+    told = Operation("The same and the engine's counts, for Prometheus", "text/plain")
+    routes.add(app, "/metrics", metrics, told)
 
 
 class _Collected(Collector):
@@ -116,18 +127,30 @@ def _proof(document: Mapping[str, Any]) -> Iterator[Metric]:
 def _engine(deployment: Deployment, planned: int | None) -> Iterator[Metric]:
     """The engine's counts; nothing before there is one."""
     try:
-        stats = deployment.serving().engine.stats()
+        serving = deployment.serving()
     except (NotReady, PlacementDrifted):
         return
+    stats = serving.engine.stats()
+    prefix = deployment.config.server.metrics_prefix
+    labels = (serving.model_id, ENGINE)
+    for attribute, name, text in OWN_GAUGES:
+        yield GaugeMetricFamily(f"moorage:{name}", text, value=getattr(stats, attribute))
+    for attribute, name, text in OWN_COUNTERS:
+        yield CounterMetricFamily(f"moorage:{name}", text, value=getattr(stats, attribute))
     for attribute, name, text in GAUGES:
-        value = getattr(stats, attribute, None)
-        if value is not None:
-            yield GaugeMetricFamily(f"moorage:{name}", text, value=value)
+        gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
+        gauge.add_metric(labels, getattr(stats, attribute))
+        yield gauge
     for attribute, name, text in COUNTERS:
-        value = getattr(stats, attribute, None)
-        if value is not None:
-            yield CounterMetricFamily(f"moorage:{name}", text, value=value)
-    used = getattr(stats, "kv_tokens", None)
-    if planned and used is not None:
+        counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
+        counter.add_metric(labels, getattr(stats, attribute))
+        yield counter
+    text = "Tokens of prompts that were looked for among those computed before."
+    queries = CounterMetricFamily(f"{prefix}:prefix_cache_queries", text, labels=LABELS)
+    queries.add_metric(labels, stats.prompt_tokens + stats.prefix_tokens)
+    yield queries
+    if planned:
         text = "Share of the planned KV tokens that is held, 0 to 1."
-        yield GaugeMetricFamily("moorage:kv_cache_usage_perc", text, value=used / planned)
+        share = GaugeMetricFamily(f"{prefix}:kv_cache_usage_perc", text, labels=LABELS)
+        share.add_metric(labels, stats.kv_tokens / planned)
+        yield share

@@ -10,10 +10,14 @@ from service.deployment import Deployment
 from service.deployment import Serving
 from service.errors import NotReady
 from service.errors import PlacementDrifted
+from service.errors import UnknownModel
 from service.text.tools import tool_use
+from service.web import answers
+from service.web import routes
 from service.web import schemas
 from service.web.failures import error_response
 from service.web.generation import check_model
+from service.web.routes import Operation
 
 
 def add_routes(app: Flask, deployment: Deployment) -> None:
@@ -38,15 +42,26 @@ def add_routes(app: Flask, deployment: Deployment) -> None:
         check_model(model_id, serving)
         return jsonify(_model(serving))
 
-    app.add_url_rule("/health/live", view_func=health_live)
-    app.add_url_rule("/health/ready", view_func=health_ready)
-    app.add_url_rule("/placement", view_func=placement)
-    app.add_url_rule("/v1/models", view_func=models)
+    live = Operation("Whether the process is up", answers.Live)
+    routes.add(app, "/health/live", health_live, live)
+    ready = Operation(
+        "Whether there is a proven model",
+        answers.Ready,
+        errors=routes.OF_MODEL,
+        special={503: answers.NotReadyError},
+    )
+    routes.add(app, "/health/ready", health_ready, ready)
+    planned = Operation("Plan, certificate and state of the deployment", answers.Placement)
+    routes.add(app, "/placement", placement, planned)
+    listed = Operation("The model that is served", answers.Models, errors=routes.OF_MODEL)
+    routes.add(app, "/v1/models", models, listed)
     # Ids of the hub have a slash.
-    app.add_url_rule("/v1/models/<path:model_id>", view_func=model)
+    named = Operation("The same, by its id", answers.Model, errors=(UnknownModel, *routes.OF_MODEL))
+    routes.add(app, "/v1/models/<path:model_id>", model, named)
 
 
 def _model(serving: Serving) -> dict[str, Any]:
+    gives = serving.embeddings
     return {
         "id": serving.model_id,
         "object": "model",
@@ -54,19 +69,22 @@ def _model(serving: Serving) -> dict[str, Any]:
         "owned_by": "moorage",
         "max_model_len": serving.max_context,
         "context_length": serving.max_context,
+        **({} if gives is None else {"embedding_dimension": gives.dimension}),
         "capabilities": _capabilities(serving),
     }
 
 
 def _capabilities(serving: Serving) -> dict[str, bool]:
     """What may be asked of this model here."""
-    chat = serving.tokenizer.chat_template is not None
+    generates = serving.embeddings is None
+    chat = generates and serving.tokenizer.chat_template is not None
     tools = chat and tool_use(serving.tokenizer)
     return {
         "chat": chat,
-        "completions": True,
-        "streaming": True,
+        "completions": generates,
+        "embeddings": not generates,
+        "streaming": generates,
         "tools": bool(tools and tools.shown and tools.format is not None),
-        "structured_output": "response_format" in schemas.CHAT_DONE,
-        "logprobs": "logprobs" in schemas.CHAT_DONE,
+        "structured_output": generates and "response_format" in schemas.CHAT_DONE,
+        "logprobs": generates and "logprobs" in schemas.CHAT_DONE,
     }

@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from service.web import embeddings_schema
 from service.web import fields
+from service.web import responses_schema
 from service.web import schemas
 
 START = "<!-- Made by `python -m service.web.reference`; a test compares. -->"
@@ -22,22 +24,44 @@ SIGNS = {"ge": "at least", "gt": "above", "le": "at most"}
 
 
 def table() -> str:
-    """Every field of a chat or a completion that is known, and what is done with it."""
-    chat = _column(schemas.ChatRequest, schemas.CHAT_DONE, fields.CHAT_NOT_DONE)
-    completions = _column(
-        schemas.CompletionRequest, schemas.COMPLETION_DONE, fields.COMPLETION_NOT_DONE
-    )
-    rows = [START, "", "| field | chat | completions |", "| --- | --- | --- |"]
-    for name in sorted({*chat, *completions}):
-        rows.append(f"| `{name}` | {chat.get(name, '-')} | {completions.get(name, '-')} |")
+    """Every field of a request that is known, and what is done with it."""
+    columns = [
+        _column(schemas.ChatRequest, schemas.CHAT_DONE, fields.HARMLESS, fields.CHAT_NOT_DONE),
+        _column(
+            schemas.CompletionRequest,
+            schemas.COMPLETION_DONE,
+            fields.HARMLESS,
+            fields.COMPLETION_NOT_DONE,
+        ),
+        _column(
+            responses_schema.ResponseRequest,
+            responses_schema.RESPONSE.done,
+            fields.RESPONSE_HARMLESS,
+            fields.RESPONSE_NOT_DONE,
+        ),
+        _column(
+            embeddings_schema.EmbeddingRequest,
+            embeddings_schema.EMBEDDING.done,
+            fields.HARMLESS,
+            fields.EMBEDDING_NOT_DONE,
+        ),
+    ]
+    heads = ("field", "chat", "completions", "responses", "embeddings")
+    rows = [START, "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name in sorted(set().union(*columns)):
+        said = " | ".join(column.get(name, "-") for column in columns)
+        rows.append(f"| `{name}` | {said} |")
     return "\n".join([*rows, "", END])
 
 
 def _column(
-    model: type[BaseModel], done: Collection[str], not_done: Mapping[str, tuple[Any, ...]]
+    model: type[BaseModel],
+    done: Collection[str],
+    harmless: Collection[str],
+    not_done: Mapping[str, tuple[Any, ...]],
 ) -> dict[str, str]:
     said = {name: f"done{_bounds(model, name)}" for name in done}
-    said |= dict.fromkeys(fields.HARMLESS, "no effect")
+    said |= dict.fromkeys(harmless, "no effect")
     for name, values in not_done.items():
         nothing = " or ".join(f"`{json.dumps(value)}`" for value in values)
         said[name] = f"only {nothing}" if nothing else "refused"

@@ -1,7 +1,7 @@
 """Request bodies to typed, checked values. After this module nothing is checked again."""
 
-import re
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import Literal
 from typing import TypeVar
@@ -15,8 +15,20 @@ from service.errors import InvalidRequest
 from service.errors import UnsupportedParameter
 from service.web import fields
 from service.web import formats
-from service.web.body import kind
-from service.web.body import short
+from service.web.shapes import Array
+from service.web.shapes import Either
+from service.web.shapes import Ids
+from service.web.shapes import Object
+from service.web.shapes import Table
+from service.web.shapes import Tagged
+from service.web.values import Flag
+from service.web.values import Number
+from service.web.values import Only
+from service.web.values import Refused
+from service.web.values import Shape
+from service.web.values import Text
+from service.web.values import Typed
+from service.web.values import wrong
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
@@ -32,7 +44,7 @@ COMPLETION_TOKENS = 16  # what OpenAI specifies for /v1/completions when max_tok
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 # written in the one way that JSON writes a number, so that no id occurs twice
-TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+ID_PATTERN = "0|[1-9][0-9]{0,9}"
 Message = Mapping[str, Any]  # text, but for `tool_calls`
 ROLES = {
     "system": "system",
@@ -121,18 +133,105 @@ class CompletionRequest(_Generation):
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
-AnyRequest = TypeVar("AnyRequest", bound=_Generation)
+AnyRequest = TypeVar("AnyRequest", bound=BaseModel)
 CHAT_DONE = frozenset(ChatRequest.model_fields)
 COMPLETION_DONE = frozenset(CompletionRequest.model_fields) - {"prompts"} | {"prompt"}
+
+STOP = Text(least=1, most=MAX_STOP_CHARACTERS)
+SHARED: Mapping[str, Shape] = {
+    "stop": Either((STOP, Array(STOP, most=MAX_STOPS)), wanted="a string or an array of strings"),
+    "stop_token_ids": Ids(most=MAX_STOP_TOKENS),
+    "logit_bias": Table(ID_PATTERN, "token id", Number(-100, 100), most=MAX_BIASES),
+    "stream_options": Object(
+        {name: Flag() for name in fields.STREAM_OPTIONS_DONE},
+        harmless=fields.STREAM_OPTIONS_HARMLESS,
+        said="For streams only.",
+    ),
+}
+CONTENT = Either(
+    (
+        Text(),
+        Array(
+            Tagged(
+                "type", {"text": Object({"type": Only("text"), "text": Text()}, ["type", "text"])}
+            )
+        ),
+    ),
+    wanted="a string or an array of text parts",
+)
+# fields of messages, with the one role that has them
+_OWNED: Mapping[str, tuple[str, Shape]] = {
+    "tool_calls": ("assistant", formats.CALLS),
+    "reasoning_content": ("assistant", Text()),
+    "tool_call_id": ("tool", Text()),
+}
+
+
+def _role(role: str) -> Object:
+    """A message of this role."""
+    own: dict[str, Shape] = {"role": Only(role), "content": CONTENT, "name": Text()}
+    for name, (owner, shape) in _OWNED.items():
+        own[name] = shape if role == owner else Refused(f"is for messages of the role {owner}")
+    required = {"assistant": ["role"], "tool": ["role", "content", "tool_call_id"]}
+    return Object(
+        own,
+        required.get(role, ["role", "content"]),
+        fields.MESSAGE_HARMLESS,
+        fields.MESSAGE_NOT_DONE,
+        one_of=("content", "tool_calls") if role == "assistant" else (),
+    )
+
+
+MESSAGES = Array(
+    Tagged("role", {role: _role(role) for role in ROLES}, not_done={"function"}),
+    least=1,
+    most=MAX_MESSAGES,
+)
+PROMPT = Either(
+    (
+        Text(),
+        Ids(least=1),
+        Array(Text(), least=1, most=MAX_PROMPTS),
+        Array(Ids(least=1), least=1, most=MAX_PROMPTS),
+    ),
+    wanted="a string, an array of strings, or token ids",
+)
+
+
+def _body(
+    model: type[BaseModel], first: Mapping[str, Shape], not_done: Mapping[str, tuple[Any, ...]]
+) -> Object:
+    """The shape of a body: what `first` and SHARED do not say is a field of the model."""
+    own = {**first, **SHARED}
+    rest = {n: Typed(model, n) for n in model.model_fields if n not in own and n != "prompts"}
+    return Object({**own, **rest}, list(first)[:2], fields.HARMLESS, not_done)
+
+
+CHAT = _body(
+    ChatRequest,
+    {
+        "model": Typed(ChatRequest, "model"),
+        "messages": MESSAGES,
+        "response_format": formats.RESPONSE_FORMAT,
+        "tools": formats.TOOLS,
+        "tool_choice": formats.TOOL_CHOICE,
+    },
+    fields.CHAT_NOT_DONE,
+)
+COMPLETION = _body(
+    CompletionRequest,
+    {"model": Typed(CompletionRequest, "model"), "prompt": PROMPT},
+    fields.COMPLETION_NOT_DONE,
+)
 
 
 def chat_request(body: Mapping[str, Any]) -> tuple[ChatRequest, list[str]]:
     """A chat request, and its names that nobody specifies. Raises InvalidRequest."""
-    kept, unknown = fields.keep_done(body, CHAT_DONE, fields.HARMLESS, fields.CHAT_NOT_DONE)
-    _require(kept, "model", "messages")
-    kept["messages"] = _messages(kept["messages"], unknown)
-    kept |= formats.checked(kept, unknown)
-    request = _checked(ChatRequest, kept, unknown)
+    unknown: list[str] = []
+    kept = CHAT.check("", body, unknown)
+    kept["messages"] = _messages(kept["messages"])
+    kept |= formats.read(kept)
+    request = checked(ChatRequest, kept)
     both = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(both) == 2:
         raise InvalidRequest(
@@ -148,12 +247,10 @@ def chat_request(body: Mapping[str, Any]) -> tuple[ChatRequest, list[str]]:
 
 def completion_request(body: Mapping[str, Any]) -> tuple[CompletionRequest, list[str]]:
     """A completion request, and its names that nobody specifies. Raises InvalidRequest."""
-    kept, unknown = fields.keep_done(
-        body, COMPLETION_DONE, fields.HARMLESS, fields.COMPLETION_NOT_DONE
-    )
-    _require(kept, "model", "prompt")
+    unknown: list[str] = []
+    kept = COMPLETION.check("", body, unknown)
     kept["prompts"] = _prompts(kept.pop("prompt"))
-    request = _checked(CompletionRequest, kept, unknown)
+    request = checked(CompletionRequest, kept)
     if request.best_of not in (None, request.n):
         raise UnsupportedParameter(
             f"best_of is {request.best_of}, and n is {request.n}; this server shows every answer"
@@ -168,208 +265,53 @@ def completion_request(body: Mapping[str, Any]) -> tuple[CompletionRequest, list
     return request, unknown
 
 
-def _checked(model: type[AnyRequest], kept: dict[str, Any], unknown: list[str]) -> AnyRequest:
+def checked(model: type[AnyRequest], kept: dict[str, Any]) -> AnyRequest:
+    """Fields that have their shapes, as a request. Raises InvalidRequest."""
     if "stop" in kept:
-        kept["stop"] = _stops(kept["stop"])
+        kept["stop"] = (kept["stop"],) if isinstance(kept["stop"], str) else tuple(kept["stop"])
     if "stop_token_ids" in kept:
-        kept["stop_token_ids"] = _stop_ids(kept["stop_token_ids"])
+        kept["stop_token_ids"] = tuple(kept["stop_token_ids"])
     if "logit_bias" in kept:
-        kept["logit_bias"] = _biases(kept["logit_bias"])
-    if "stream_options" in kept:
-        kept["stream_options"] = _stream_options(kept["stream_options"], unknown)
-        if kept.get("stream", False) is False:
-            raise InvalidRequest(
-                "stream_options is for streams only; set stream to true", param="stream_options"
-            )
+        kept["logit_bias"] = tuple((int(i), bias) for i, bias in kept["logit_bias"].items())
+    if "stream_options" in kept and kept.get("stream", False) is False:
+        raise InvalidRequest(
+            "stream_options is for streams only; set stream to true", param="stream_options"
+        )
     try:
         return model.model_validate(kept)
     except ValidationError as error:
         raise _plain(error) from error
 
 
-def _require(kept: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if name not in kept:
-            raise InvalidRequest(f"{name} is missing", param=name)
-
-
-def _messages(given: Any, unknown: list[str]) -> tuple[Message, ...]:
-    if not isinstance(given, list):
-        raise _wrong("messages", "an array", given)
-    if not given:
-        raise InvalidRequest("messages is empty; send at least one", param="messages")
-    if len(given) > MAX_MESSAGES:
-        raise InvalidRequest(
-            f"messages has {len(given)} entries; {MAX_MESSAGES} are allowed", param="messages"
-        )
-    parts = sum(len(m["content"]) for m in given if _has_parts(m))
+def _messages(given: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    parts = sum(len(m["content"]) for m in given if isinstance(m.get("content"), list))
     if parts > MAX_PARTS:
         raise InvalidRequest(
             f"the messages have {parts} content parts; {MAX_PARTS} are allowed", param="messages"
         )
-    return tuple(_message(f"messages[{at}]", item, unknown) for at, item in enumerate(given))
+    return tuple(_message(f"messages[{at}]", item) for at, item in enumerate(given))
 
 
-def _has_parts(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("content"), list)
-
-
-def _message(where: str, given: Any, unknown: list[str]) -> Message:
-    if not isinstance(given, dict):
-        raise _wrong(where, "an object", given)
-    role = given.get("role")
-    if role == "function":
-        raise UnsupportedParameter(
-            f"{where}.role: {role} messages are not done by this server", param=f"{where}.role"
-        )
-    if not isinstance(role, str) or role not in ROLES:
-        found = "missing" if role is None else short(role) if isinstance(role, str) else kind(role)
-        raise InvalidRequest(
-            f"{where}.role is {found}; give one of {', '.join(ROLES)}", param=f"{where}.role"
-        )
-    kept, names = fields.keep_done(
-        given, fields.MESSAGE_DONE, fields.MESSAGE_HARMLESS, fields.MESSAGE_NOT_DONE, f"{where}."
-    )
-    unknown += names
-    message = {"role": ROLES[role], **formats.of_message(where, role, kept, unknown)}
-    if "content" not in kept and "tool_calls" in message:
-        kept["content"] = ""
-    message["content"] = _content(f"{where}.content", kept.get("content"))
-    if "name" in kept:
-        if not isinstance(kept["name"], str):
-            raise _wrong(f"{where}.name", "a string", kept["name"])
-        message["name"] = kept["name"]
+def _message(where: str, given: Mapping[str, Any]) -> Message:
+    """As chat templates want it: text joined by line ends, as other servers join it."""
+    content = given.get("content", "")
+    if not isinstance(content, str):
+        content = "\n".join(part["text"] for part in content)
+    message = {**given, "role": ROLES[given["role"]], "content": content}
+    if given.get("tool_calls"):
+        message["tool_calls"] = formats.calls(f"{where}.tool_calls", given["tool_calls"])
+    else:
+        message.pop("tool_calls", None)
     return message
-
-
-def _content(where: str, given: Any) -> str:
-    """Text as it stands, or text parts joined by line ends, as other servers join them."""
-    if isinstance(given, str):
-        return given
-    if given is None:
-        raise InvalidRequest(f"{where} is missing", param=where)
-    if not isinstance(given, list):
-        raise _wrong(where, "a string or an array of text parts", given)
-    texts = []
-    for at, part in enumerate(given):
-        if not isinstance(part, dict):
-            raise _wrong(f"{where}[{at}]", "an object", part)
-        if part.get("type") != "text":
-            found = part.get("type")
-            name = short(found) if isinstance(found, str) else "without a type"
-            raise UnsupportedParameter(
-                f"{where}[{at}] is {name}; this server takes text parts only",
-                param=f"{where}[{at}]",
-            )
-        if not isinstance(part.get("text"), str):
-            raise _wrong(f"{where}[{at}].text", "a string", part.get("text"))
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _prompts(given: Any) -> tuple[str | tuple[int, ...], ...]:
     """One or several prompts, each text or token ids."""
     if isinstance(given, str):
         return (given,)
-    if not isinstance(given, list):
-        raise _wrong("prompt", "a string, an array of strings, or token ids", given)
-    if not given:
-        raise InvalidRequest("prompt is empty", param="prompt")
-    if type(given[0]) is int:
-        return (_token_ids("prompt", given),)
-    if len(given) > MAX_PROMPTS:
-        raise InvalidRequest(
-            f"prompt has {len(given)} prompts; {MAX_PROMPTS} are allowed", param="prompt"
-        )
-    first = type(given[0])
-    for at, item in enumerate(given):
-        if not isinstance(item, str | list) or type(item) is not first:
-            wanted = kind(given[0]) if at else "a string or an array of token ids"
-            raise _wrong(f"prompt[{at}]", wanted, item)
-    return tuple(
-        item if isinstance(item, str) else _token_ids(f"prompt[{at}]", item)
-        for at, item in enumerate(given)
-    )
-
-
-def _token_ids(where: str, given: list[Any]) -> tuple[int, ...]:
-    if not given:
-        raise InvalidRequest(f"{where} is empty", param=where)
-    for at, item in enumerate(given):
-        if type(item) is not int:
-            raise _wrong(f"{where}[{at}]", "a token id", item)
-    return tuple(given)
-
-
-def _stops(given: Any) -> tuple[str, ...]:
-    if isinstance(given, str):
-        given = [given]
-    if not isinstance(given, list):
-        raise _wrong("stop", "a string or an array of strings", given)
-    if len(given) > MAX_STOPS:
-        raise InvalidRequest(
-            f"stop has {len(given)} strings; {MAX_STOPS} are allowed", param="stop"
-        )
-    for at, item in enumerate(given):
-        if not isinstance(item, str):
-            raise _wrong(f"stop[{at}]", "a string", item)
-        if not 1 <= len(item) <= MAX_STOP_CHARACTERS:
-            raise InvalidRequest(
-                f"stop[{at}] has {len(item)} characters; give 1 to {MAX_STOP_CHARACTERS}",
-                param=f"stop[{at}]",
-            )
-    return tuple(given)
-
-
-def _stop_ids(given: Any) -> tuple[int, ...]:
-    if not isinstance(given, list):
-        raise _wrong("stop_token_ids", "an array of token ids", given)
-    if len(given) > MAX_STOP_TOKENS:
-        raise InvalidRequest(
-            f"stop_token_ids has {len(given)} ids; {MAX_STOP_TOKENS} are allowed",
-            param="stop_token_ids",
-        )
-    for at, item in enumerate(given):
-        if type(item) is not int:
-            raise _wrong(f"stop_token_ids[{at}]", "a token id", item)
-    return tuple(given)
-
-
-def _biases(given: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(given, dict):
-        raise _wrong("logit_bias", "an object", given)
-    if len(given) > MAX_BIASES:
-        raise InvalidRequest(
-            f"logit_bias has {len(given)} entries; {MAX_BIASES} are allowed", param="logit_bias"
-        )
-    found = []
-    for token, bias in given.items():
-        if not TOKEN_ID.fullmatch(token):
-            raise InvalidRequest(
-                f"logit_bias has the key {short(token)}, which is no token id", param="logit_bias"
-            )
-        if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise _wrong(f"logit_bias.{token}", "a number", bias)
-        if not -100 <= bias <= 100:
-            raise InvalidRequest(
-                f"logit_bias.{token} is {bias}; give -100 to 100", param=f"logit_bias.{token}"
-            )
-        found.append((int(token), float(bias)))
-    return tuple(found)
-
-
-def _stream_options(given: Any, unknown: list[str]) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise _wrong("stream_options", "an object", given)
-    kept, names = fields.keep_done(
-        given, fields.STREAM_OPTIONS_DONE, fields.STREAM_OPTIONS_HARMLESS, {}, "stream_options."
-    )
-    unknown += names
-    return kept
-
-
-def _wrong(where: str, wanted: str, given: Any) -> InvalidRequest:
-    return InvalidRequest(f"{where} must be {wanted}, not {kind(given)}", param=where)
+    if isinstance(given[0], int):
+        return (tuple(given),)
+    return tuple(item if isinstance(item, str) else tuple(item) for item in given)
 
 
 WANTED: Mapping[str, str] = {
@@ -392,7 +334,7 @@ def _plain(error: ValidationError) -> InvalidRequest:
     found = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in found["loc"])
     if found["type"] in WANTED:
-        return _wrong(param, WANTED[found["type"]], found["input"])
+        return wrong(param, WANTED[found["type"]], found["input"])
     if found["type"] in BOUNDS:
         bound, words = BOUNDS[found["type"]]
         limit = words.format(

@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import Collection
+from collections.abc import Sequence
 from urllib.parse import quote
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from service.errors import InvalidRequest
 from service.errors import Unauthorized
 from service.web import cors
 from service.web import keys
+from service.web.access import Observer
 from service.web.access import Record
 from service.web.access import plain_method
 from service.web.body import short
@@ -28,14 +30,21 @@ from service.web.limits import Accounts
 
 # Everything else needs a key when keys are configured. Endpoints by name, so that no spelling of a
 # path matters.
-OPEN_ENDPOINTS = frozenset({"health_live", "health_ready"})
+HEALTH = frozenset({"health_live", "health_ready"})
+# The same files everywhere: the page asks for a key itself, to fetch what it shows.
+PAGE = frozenset({"docs", "docs_script", "docs_bundle", "docs_style"})
+OPEN_ENDPOINTS = HEALTH | PAGE
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TIMEOUT_HEADER = "X-Request-Timeout-S"
-TIMEOUT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
+TIMEOUT = re.compile(r"(?!0+(\.0+)?$)[0-9]{1,9}(\.[0-9]{1,6})?")
+# https://www.w3.org/TR/trace-context/: the trace's id, and the caller's; neither may be zero.
+TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+MAX_TRACESTATE = 512
 IGNORED_NAMES = 20
 IGNORED_CHARACTERS = 64
-# Nothing that is answered is a page. `Cross-Origin-Resource-Policy` keeps other pages from
-# embedding answers; what cors_origins allows is read by fetch, which it does not concern.
+# No answer is a page but /docs, which has a policy of its own. `Cross-Origin-Resource-Policy` keeps
+# other pages from embedding answers; what cors_origins allows is read by fetch, which it does not
+# concern.
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -46,8 +55,13 @@ HEADERS = {
 }
 
 
-def guard(app: Flask, config: Config, accounts: Accounts) -> None:
-    """Check every request before its view, and put the common headers on every response."""
+def guard(
+    app: Flask, config: Config, accounts: Accounts, observers: Sequence[Observer] = ()
+) -> None:
+    """Check every request before its view, and put the common headers on every response.
+
+    observers: called with the record of every request, when its answer is through.
+    """
     ring = keys.ring(config)
     server = config.server
     hosts = _hosts(config) if not ring.needed else None
@@ -73,18 +87,23 @@ def guard(app: Flask, config: Config, accounts: Accounts) -> None:
         cors.allow(response, server.cors_origins)
         return _finish(response)
 
-    app.before_request(_begin)
+    app.before_request(lambda: _begin(observers))
     app.before_request(check)
     app.after_request(finish)
 
 
-def _begin() -> None:
+def _begin(observers: Sequence[Observer]) -> None:
     g.started = time.monotonic()
     g.ignored = []
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     route = request.url_rule.rule if request.url_rule is not None else "-"
     g.record = Record(g.request_id, g.started, plain_method(request.method), route)
+    g.record.observers = observers
+    parent = TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+    if parent is not None:
+        g.record.traceparent, g.record.trace_id = parent[0], parent[1]
+        g.record.tracestate = request.headers.get("tracestate", "")[:MAX_TRACESTATE]
 
 
 def _finish(response: Response) -> Response:
@@ -121,7 +140,7 @@ def _timeout_s(most_s: float) -> float:
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
         return most_s
-    if not TIMEOUT.fullmatch(given) or float(given) <= 0:
+    if not TIMEOUT.fullmatch(given):
         raise InvalidRequest(
             f"{TIMEOUT_HEADER} is {short(given)}; give seconds, more than 0", param=TIMEOUT_HEADER
         )

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
@@ -20,17 +21,24 @@ HEARTBEAT = b": waiting\n\n"
 
 
 def frame(event: Mapping[str, Any]) -> bytes:
-    """One event. JSON has no raw line ends, so a single data line is enough."""
-    return (
-        b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+    """One event, named by its `type` if it has one. JSON has no raw line ends, so a single data
+    line is enough.
+    """
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
+    name = b"event: " + event["type"].encode() + b"\n" if "type" in event else b""
+    return name + b"data: " + data + b"\n\n"
 
 
-def stream(events: Iterator[Mapping[str, Any] | None], request_id: str) -> Iterator[bytes]:
+def stream(
+    events: Iterator[Mapping[str, Any] | None],
+    request_id: str,
+    failed: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    ending: bytes,
+) -> Iterator[bytes]:
     """Events as bytes; None is a moment without news, now and then a comment.
 
-    An error becomes an event and the stream ends without [DONE]: a stream that just stops looks
-    complete.
+    ending: what follows the last event. An error becomes the event that `failed` makes of it and
+    the stream ends without `ending`: a stream that just stops looks complete.
     """
     sent = time.monotonic()
     try:
@@ -39,15 +47,15 @@ def stream(events: Iterator[Mapping[str, Any] | None], request_id: str) -> Itera
                 continue
             yield HEARTBEAT if event is None else frame(event)
             sent = time.monotonic()
-        yield DONE
+        yield ending
     except ClientGone as error:
         failures.log_error(error, request_id)
     except ServiceError as error:
         failures.log_error(error, request_id)
-        yield frame({"error": error.as_dict()})
+        yield frame(failed(error.as_dict()))
     except Exception:  # the status line has been sent; the client must still learn that this failed
         failures.LOG.exception("request %s failed in its stream", request_id)
-        yield frame({"error": failures.internal(request_id)})
+        yield frame(failed(failures.internal(request_id)))
 
 
 def response(body: Iterator[bytes]) -> Response:

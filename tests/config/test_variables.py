@@ -23,7 +23,10 @@ VALUES = {
     "MOORAGE_UNKNOWN_FIELDS": ("refuse", "refuse"),
     "MOORAGE_KEY_LIMITS": ("{key-1: {concurrent: 2}}", {"key-1": KeyLimits(concurrent=2)}),
     "MOORAGE_CORS_ORIGINS": ("['https://a.example']", ("https://a.example",)),
+    "MOORAGE_CONTROL_SOCKET": ("/run/m/s", Path("/run/m/s")),
     "MOORAGE_LOG_FORMAT": ("json", "json"),
+    "MOORAGE_METRICS_PREFIX": ("vllm", "vllm"),
+    "MOORAGE_TRACING": ("on", "on"),
     "MOORAGE_MODEL": ("123", "123"),
     "MOORAGE_STRATEGY": ("'my own'", "my own"),
     "MOORAGE_STRATEGY_DIRS": ("[/a, /b]", (Path("/a"), Path("/b"))),
@@ -40,6 +43,7 @@ VALUES = {
     "MOORAGE_MAX_MEMORY": ("{cuda:0: 1KiB, cpu: 5}", {"cuda:0": 1024, "cpu": 5}),
     "MOORAGE_LOAD_TIMEOUT_S": ("10", 10.0),
     "MOORAGE_WATCH_INTERVAL_S": ("0", 0.0),
+    "MOORAGE_IDLE_UNLOAD_S": ("60", 60.0),
     "MOORAGE_ON_DRIFT": ("reload", "reload"),
     "MOORAGE_TRUST_REMOTE_CODE": ("true", True),
     "MOORAGE_ALLOW_PICKLE": ("True", True),
@@ -161,3 +165,18 @@ def test_the_cache_is_the_variable_s_then_xdg_s_then_below_home(load: Load) -> N
     assert load(None, xdg).cache == Path("/x/moorage")
     assert load(None, {"XDG_CACHE_HOME": "relative"}).cache == Path("/home/someone/.cache/moorage")
     assert str(load(None, {"MOORAGE_CACHE": "/c"}).origins["cache"]) == "env MOORAGE_CACHE"
+
+
+@pytest.mark.parametrize(
+    "name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
+)
+def test_a_collector_in_the_environment_turns_tracing_on_unless_something_says_off(
+    load: Load, name: str
+):
+    there, plain = {name: "http://collector:4318"}, "version: 1\ndeployments: {a: {}}\n"
+    config = load(plain, there)
+    assert config.server.tracing == "on"
+    assert str(config.origins["server.tracing"]) == f"env {name}"
+    assert load(plain, {name: " "}).server.tracing == "off"
+    assert load(plain, {**there, "MOORAGE_TRACING": "off"}).server.tracing == "off"
+    assert load(f'{plain}server: {{tracing: "off"}}\n', there).server.tracing == "off"

@@ -149,7 +149,7 @@ def test_what_runs_is_finished_by_a_drain(make: Make) -> None:
 def test_an_engine_that_dies_is_told_and_no_longer_serves(make: Make) -> None:
     watched = make()
     deployment = watched.settle()
-    deployment._died(RuntimeError("out of memory"))
+    deployment._died(deployment.status, RuntimeError("out of memory"))
     assert deployment.state == "failed"
     assert watched.deaths == 1
     assert deployment.document()["error"]["message"] == "the engine stopped: RuntimeError"

@@ -1,5 +1,6 @@
 """docs/api.md says what the code does. On a difference, paste what the failing test shows."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from service.web import body
 from service.web import formats
 from service.web import generation
 from service.web import reference
+from service.web import responses_schema
 from service.web import schemas
 from service.web.app import create_app
 from tests.support.fake_deployment import FakeDeployment
@@ -41,6 +43,9 @@ def test_the_table_of_fields_is_what_the_code_does():
         f"Up to {MAX_CALLS} calls",
         f"integers of more than {body.MAX_DIGITS} characters",
         f"nesting deeper than {body.MAX_DEPTH} levels",
+        f"is text, or up to {schemas.MAX_MESSAGES} items",
+        f"up to {responses_schema.MAX_METADATA} names of up to 64 characters",
+        f"up to {responses_schema.METADATA_CHARACTERS}, and comes back",
     ],
 )
 def test_every_limit_is_told(sentence):
@@ -49,7 +54,7 @@ def test_every_limit_is_told(sentence):
 
 def test_every_endpoint_is_told():
     for rule in create_app(FakeDeployment()).url_map.iter_rules():
-        path = rule.rule.replace("<path:model_id>", "{id}")
+        path = re.sub("<.*?>", "{id}", rule.rule)
         method = next(iter(rule.methods - {"HEAD", "OPTIONS"}))
         assert f"`{method} {path}`" in PAGE
 

@@ -1,15 +1,12 @@
 """The real model, fetched once per machine as a user would, and one server to ask."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.server import ROOT
 from tests.support.server import Server
-from tests.support.server import environment
 from tests.support.server import running
+from tests.support.with_tools import fetch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,8 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def fetched() -> None:
-    command = [sys.executable, "-m", "service.cli", "model", "fetch", "smollm2-135m"]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True)
+    fetch("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """The real model answers in JSON and calls tools, as the official client asks it to."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -16,11 +14,8 @@ from pydantic import Field
 
 from tests.support.server import Server
 from tests.support.server import running
-from tests.support.templates import HERMES
 from tests.support.templates import weather
-
-CACHE = Path(os.environ.get("MOORAGE_CACHE", Path.home() / ".cache/moorage"))
-
+from tests.support.with_tools import copy_with_tools
 
 # Everything has an end: a model this small may go on for ever where the schema lets it.
 Word = Annotated[str, Field(max_length=20)]
@@ -45,11 +40,7 @@ class Shape(BaseModel):
 
 @pytest.fixture(scope="module")
 def server(fetched: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """SmolLM2 with a chat template that knows tools."""
-    folder = tmp_path_factory.mktemp("with-tools") / "smollm2-tools"
-    shutil.copytree(CACHE / "models/smollm2-135m", folder)
-    (folder / "moorage.json").unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(HERMES)
+    folder = copy_with_tools(tmp_path_factory.mktemp("with-tools") / "smollm2-tools")
     with running(tmp_path_factory.mktemp("serve"), "--model", str(folder)) as running_server:
         running_server.wait_ready()
         yield running_server

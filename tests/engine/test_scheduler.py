@@ -408,6 +408,16 @@ def test_a_sequence_that_gave_way_is_computed_again_with_the_tokens_it_had() -> 
     assert piece.samples
 
 
+def test_a_stream_knows_when_it_first_left_the_queue() -> None:
+    small = scheduler(max_sequences=1)
+    first, second = one(0, max_tokens=2), one(1)
+    add(small, first, second)
+    for now in (5.0, 6.0, 7.0):
+        advance(small, now=now)
+        taken(small)
+    assert (first.stream.admitted_at, second.stream.admitted_at) == (5.0, 7.0)
+
+
 def test_a_preempted_sequence_can_be_cancelled_while_it_waits() -> None:
     small = scheduler(max_sequences=2, step_tokens=300, pages=4)
     old, new = one(0, prompt=60, max_tokens=80), one(1, prompt=60, max_tokens=80)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from service.placement import guard
+from tests.support.gates import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,3 +85,57 @@ def test_a_process_poisoned_before_the_import_is_refused_not_taken_for_pristine(
     assert "PreTrainedModel.tie_weights" in findings
     assert refusal.startswith("F4 another load was under way when Moorage was imported")
     assert "restart the process" in refusal
+
+
+def test_no_step_begins_while_a_load_has_swapped_globals_and_those_that_run_end_first() -> None:
+    stillness = guard.Stillness()
+    order: list[str] = []
+    stepping, end, swapped, release, stepped = (threading.Event() for _ in range(5))
+
+    def long_step() -> None:
+        with stillness.step():
+            stepping.set()
+            end.wait(PATIENCE_S)
+            order.append("step")
+
+    def load() -> None:
+        stepping.wait(PATIENCE_S)
+        with stillness.keep(), stillness.keep():
+            order.append("load")
+            swapped.set()
+            release.wait(PATIENCE_S)
+            order.append("loaded")
+
+    def next_step() -> None:
+        swapped.wait(PATIENCE_S)
+        with stillness.step():
+            order.append("next")
+            stepped.set()
+
+    threads = [threading.Thread(target=run) for run in (long_step, load, next_step)]
+    for thread in threads:
+        thread.start()
+    assert not swapped.wait(0.05)
+    end.set()
+    assert swapped.wait(PATIENCE_S)
+    assert not stepped.wait(0.05)
+    release.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert order == ["step", "load", "loaded", "next"]
+
+
+def test_many_steps_run_at_once() -> None:
+    stillness = guard.Stillness()
+    both = threading.Barrier(2, timeout=PATIENCE_S)
+
+    def step() -> None:
+        with stillness.step():
+            both.wait()
+
+    threads = [threading.Thread(target=step) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not both.broken

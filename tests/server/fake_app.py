@@ -25,6 +25,7 @@ class FakeDeployment:
     on_ready: Callable[[str], None]
     on_failure: Callable[[ServiceError], None]
     on_death: Callable[[], None]
+    embeds = False
 
     def __init__(self) -> None:
         self.state = "created"

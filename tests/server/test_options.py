@@ -44,6 +44,13 @@ def test_the_ready_line_can_be_pasted(bind: str, address: str | None, url: str) 
     assert ("--unix-socket" in command) == bind.startswith("unix:")
 
 
+def test_the_ready_line_of_an_embedding_model_asks_for_an_embedding() -> None:
+    line = ready_line(config("127.0.0.1:8000"), "m", embeds=True)
+    command = shlex.split(line.partition("try: ")[2])
+    assert "http://127.0.0.1:8000/v1/embeddings" in command
+    assert command[-1].startswith('{"model": "m", "input": ')
+
+
 def test_the_ready_line_never_shows_a_key() -> None:
     line = ready_line(config(keys=("s3cret",)), "m")
     assert "Bearer YOUR_KEY" in line

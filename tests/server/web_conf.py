@@ -1,6 +1,7 @@
-"""gunicorn.conf.py for the web room around a fake engine; MOORAGE_* variables configure it.
+"""gunicorn.conf.py of tests: by default the web room around a fake engine.
 
-TEST_SOCKET_SECONDS shortens how long clients may take.
+MOORAGE_* variables configure it, TEST_APP names another app, and TEST_SOCKET_SECONDS shortens how
+long clients may take.
 """
 
 import os
@@ -14,5 +15,5 @@ globals().update(
         load_process(Flags()), socket_seconds=float(os.environ.get("TEST_SOCKET_SECONDS", "20"))
     )
 )
-wsgi_app = "tests.server.web_app:build"
+wsgi_app = os.environ.get("TEST_APP", "tests.server.web_app:build")
 certfile = os.environ.get("TEST_CERTIFICATE")

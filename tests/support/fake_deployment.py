@@ -11,6 +11,8 @@ from service.config.api_key import ApiKey
 from service.config.schema import Config
 from service.config.schema import DeploymentConfig
 from service.config.schema import ServerConfig
+from service.deployment.serving import Embeddings
+from service.deployment.uses import Uses
 from service.errors import NotReady
 from service.errors import PlacementDrifted
 from tests.support.fake_engine import FakeEngine
@@ -49,6 +51,8 @@ class FakeServing:
     max_context: int = 200
     defaults: dict[str, float] = field(default_factory=dict)
     vocabulary: int = VOCAB
+    uses: Uses = field(default_factory=Uses)
+    embeddings: Embeddings | None = None
 
 
 @dataclass
@@ -70,6 +74,11 @@ class FakeDeployment:
         if self.state != "ready":
             raise NotReady(f"{self.state} {self.progress:.0%}, try again", retry_after_s=7)
         return self.model
+
+    def use(self, deadline: float | None = None) -> FakeServing:
+        serving = self.serving()
+        serving.uses.enter()
+        return serving
 
     def probed(self) -> FakeServing:
         return self.serving()

@@ -2,8 +2,11 @@
 
 import json
 import random
+import threading
+import time
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -227,6 +230,83 @@ def test_a_schema_that_costs_too_much_is_refused_or_ends_its_own_answer(grammars
         constraint = compiled(grammars, schema).constraint()
         say(constraint, '{"p1": "x"}')
         raise AssertionError("nothing was too much")
+
+
+def doubling(keyword: str) -> dict[str, Any]:
+    """Forty definitions, each of which has the next one twice."""
+    links = {
+        f"d{at}": {keyword: [{"$ref": f"#/$defs/d{at + 1}"}, {"$ref": f"#/$defs/d{at + 1}"}]}
+        for at in range(40)
+    }
+    return {"$ref": "#/$defs/d0", "$defs": {**links, "d40": {"type": "string"}}}
+
+
+BOMBS: dict[str, dict[str, Any]] = {
+    "nested quantifiers": {
+        "type": "string",
+        "pattern": "^((((a{1,30}){1,30}){1,30}){1,30}){1,30}$",
+    },
+    "catastrophic for backtracking": {"type": "string", "pattern": "^(((a+)+)+)+$"},
+    "huge count": {"type": "string", "pattern": "^a{1000000,2000000}$"},
+    "huge count of a large class": {"type": "string", "pattern": "^[\\p{L}\\p{N}]{60000}$"},
+    "exponential automaton": {"type": "string", "pattern": "(a|b)*a(a|b){25}"},
+    "circle of references": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+    },
+    "doubling allOf": doubling("allOf"),
+    "doubling anyOf": doubling("anyOf"),
+    "a hundred thousand branches": {"anyOf": [{"const": at} for at in range(100_000)]},
+    "product of branches": {
+        "allOf": [{"anyOf": [{"required": [f"k{i}{j}"]} for j in range(20)]} for i in range(20)]
+    },
+    "long enum": {"enum": ["v" * 50 + str(at) for at in range(1000)]},
+    "long word": {"enum": ["x" * 60_000]},
+    "many patterns": {
+        "type": "object",
+        "patternProperties": {f"^a{i}.*b{{{i}}}$": {"type": "string"} for i in range(60)},
+    },
+    "endless array": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+    "endless string": {"type": "string", "minLength": 10**9, "maxLength": 10**9},
+    "ranges": {
+        "type": "object",
+        "properties": {
+            f"p{i}": {"type": "integer", "minimum": -(10**17) - i, "maximum": 10**18 + i}
+            for i in range(300)
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_no_schema_holds_the_interpreter_or_fills_the_memory(grammars, bomb):
+    """Refused, or followed for a while; meanwhile another thread runs."""
+    process = psutil.Process()
+    before, longest, done = process.memory_info().rss, [0.0], threading.Event()
+
+    def breathe() -> None:
+        last = time.monotonic()
+        while not done.wait(0.001):
+            now = time.monotonic()
+            longest[0], last = max(longest[0], now - last), now
+
+    thread = threading.Thread(target=breathe)
+    thread.start()
+    try:
+        constraint = compiled(grammars, BOMBS[bomb]).constraint()
+        chance = random.Random(1)
+        for _ in range(50):
+            choices = constraint.allowed().nonzero().flatten().tolist()
+            if not choices or IM_END in choices:
+                break
+            constraint.accept(chance.choice(choices))
+    except InvalidRequest:
+        pass
+    finally:
+        done.set()
+        thread.join()
+    assert longest[0] < 20  # measured: 0.02; without limits minutes
+    assert process.memory_info().rss - before < 200 * 2**20
 
 
 def test_a_long_grammar_is_refused_before_it_is_compiled(grammars):

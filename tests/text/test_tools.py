@@ -165,6 +165,45 @@ def test_thoughts_are_told_apart_where_the_template_has_them():
         assert content(deltas) == "Yes."
 
 
+def test_a_template_that_opens_the_thoughts_itself_teaches_the_same_format():
+    tokenizer = tool_tokenizer("hermes")
+    tokenizer.chat_template += "{%- if add_generation_prompt %}{{- '<think>\n' }}{%- endif %}"
+    assert tool_use(tokenizer).format == form_of("hermes")
+
+
+def test_white_space_at_the_ends_of_thoughts_is_not_told():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{# <think> </think> #}"
+    for text, thought in (
+        ("<think>\n\nhm, \n so\n\n</think>\n\nYes.", "hm, \n so"),
+        ("<think>\n\n</think>\n\nYes.", ""),
+        ("<think> a", "a"),
+    ):
+        for size in (1, 2, 5):
+            how = reading(tokenizer, "...")
+            assert how is not None
+            assert how.thinks
+            deltas = read(how.reader(), text, size)
+            assert "".join(d.reasoning for d in deltas) == thought
+            assert all(d.reasoning or d.content for d in deltas)
+
+
+def test_tokens_of_thoughts_are_counted_with_their_marks():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{# <think> </think> #}"
+    for prompt, steps in (
+        ("...", ["<think>", "\n", "hm", "", " so", "\n", "</think>", "Yes", "."]),
+        ("...<think>\n", ["hm", " so", "\n", "\n", "", "</", "think>", "Yes", "."]),
+    ):
+        how = reading(tokenizer, prompt)
+        assert how is not None
+        reader = how.reader()
+        for step in steps:
+            reader.feed(step, 1)
+        reader.finish()
+        assert reader.thought_tokens == 7
+
+
 def test_a_plain_model_is_not_read_at_all():
     assert reading(tiny_tokenizer(), "prompt") is None
     assert reading(tool_tokenizer("hermes"), "prompt") is None

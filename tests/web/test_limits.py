@@ -3,7 +3,9 @@
 import pytest
 
 from service.config.schema import KeyLimits
+from service.errors import Overloaded
 from service.errors import RateLimited
+from service.web.admission import Slots
 from service.web.limits import Account
 from service.web.limits import Accounts
 from tests.web.asking import CHAT
@@ -62,13 +64,14 @@ def test_tokens_do_not_pile_up_beyond_those_of_a_minute(clock: Clock):
 
 def test_a_name_has_its_own_limits_else_those_of_default_and_nobody_has_none(clock: Clock):
     limits = {"default": KeyLimits(concurrent=1), "alice": KeyLimits(concurrent=3)}
-    accounts = Accounts(limits, clock)
+    accounts = Accounts(lambda: limits, clock)
     found = {name: accounts.of(name).headers() for name in ("alice", "bob", "")}
     assert found["alice"]["x-ratelimit-limit-requests"] == "3"
     assert found["bob"]["x-ratelimit-limit-requests"] == "1"
     assert found[""] == {}
     assert accounts.of("bob") is accounts.of("bob")
-    assert Accounts({"alice": KeyLimits(concurrent=1)}, clock).of("bob").headers() == {}
+    limits = {"alice": KeyLimits(concurrent=1)}
+    assert Accounts(lambda: limits, clock).of("bob").headers() == {}
 
 
 def test_the_headers_are_those_of_openai(clock: Clock):
@@ -127,3 +130,17 @@ def test_without_keys_there_are_no_limits_and_no_headers(make_client):
         response = client.post(CHAT, json=chat_body())
         assert response.status_code == 200
         assert not [name for name in response.headers.keys() if "ratelimit" in name]  # noqa: SIM118
+
+
+def test_full_places_say_when_one_is_free_by_how_long_they_were_held():
+    slots = Slots(threads=10)
+    assert slots._retry_after_s() == 1
+    for _ in range(100):
+        slots._held(7.0)
+    held = [slots.take(), slots.take()]
+    with pytest.raises(Overloaded) as refused:
+        slots.take()
+    assert refused.value.retry_after_s == 4
+    for slot in held:
+        slot.release()
+    assert slots._held_s < 7.0

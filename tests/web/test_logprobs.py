@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from flask.testing import FlaskClient
+from openai.types.responses import Response
 
 from service.engine.engine import Engine
 from service.engine.runner import Runner
@@ -13,6 +14,7 @@ from service.web.app import create_app
 from tests.support.fake_deployment import FakeDeployment
 from tests.support.fake_deployment import FakeServing
 from tests.support.fake_deployment import fake_config
+from tests.support.responses import streamed
 from tests.support.tiny import IM_START
 from tests.support.tiny import tiny_model
 from tests.support.tiny import tiny_tokenizer
@@ -218,3 +220,23 @@ def test_answers_to_one_prompt_differ_and_a_seed_repeats_them(client):
     again = [c["text"] for c in client.post(COMPLETIONS, json=body).get_json()["choices"]]
     assert first == again
     assert len(set(first)) == 3
+
+
+def test_a_response_has_the_logprobs_of_the_same_chat(client):
+    limits = {"temperature": 0, "top_logprobs": 2}
+    body = chat_body(logprobs=True, max_tokens=20, **limits)
+    tokens = choice_of(client, CHAT, body)["logprobs"]["content"]
+    include = ["message.output_text.logprobs"]
+    asked = {"model": body["model"], "input": "Hi", "include": include, "max_output_tokens": 20}
+    response = client.post("/v1/responses", json=asked | limits).get_json()
+    found = response["output"][0]["content"][0]["logprobs"]
+    assert [t["token"] for t in found] == [t["token"] for t in tokens]
+    for one, other in zip(found, tokens, strict=True):
+        assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+    assert all(len(t["top_logprobs"]) == 2 and t["bytes"] for t in found)
+    assert Response.model_validate(response)
+    text = client.post("/v1/responses", json=asked | limits | {"stream": True}).get_data(True)
+    told = streamed(text)
+    deltas = [e["logprobs"] for e in told if e["type"] == "response.output_text.delta"]
+    assert [t for each in deltas for t in each] == found[: sum(map(len, deltas))]
+    assert next(e for e in told if e["type"] == "response.output_text.done")["logprobs"] == found
