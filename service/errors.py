@@ -275,6 +275,14 @@ class StepFailed(RequestError):
     code = "step_failed"
 
 
+class OutOfMemory(RequestError):
+    """The device had no memory for this sequence, even alone in its step."""
+
+    status = 503
+    code = "out_of_memory"
+    retry_after_s = 5
+
+
 class NotReady(RequestError):
     """No proven model yet, or no longer."""
 

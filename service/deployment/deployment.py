@@ -132,11 +132,18 @@ class Deployment:
             idle.wait(self, serving, deadline)
 
     def probed(self) -> Serving:
-        """`serving`, for a readiness probe: looks first whether the model has changed."""
+        """`serving`, for a readiness probe: looks first whether the model has changed.
+
+        Raises NotReady, too, while its engine hangs: who asks it something now waits in vain.
+        """
         watch = self.status.watch
         if watch is not None and self.state == "ready":
             watch.probe()
-        return self.serving()
+        serving = self.serving()
+        if hangs := serving.engine.hangs():
+            hint = "start the server again if this does not end"
+            raise NotReady(f"The model is not ready: {hangs}.", hint=hint)
+        return serving
 
     def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs finish within `seconds`, then end the rest."""

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 2.0
 # what is known of the engine before there is one
-NOT_SERVING: dict[str, object] = {"path": None, "why": None, "graphs": None, "kv_reserved": None}
+NOT_SERVING: dict[str, object] = dict.fromkeys(("path", "why", "graphs", "kv_reserved", "hangs"))
 # after these nothing begins: a hook that hung and has come back must not undo them
 ENDS = ("failed", "draining")
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from typing import TYPE_CHECKING
 
+from service.engine.doing import Doing
+from service.engine.doing import described
 from service.engine.pace import Pace
 from service.engine.params import SamplingParams
 from service.engine.params import check_prompt
@@ -24,6 +26,7 @@ from service.engine.slots import Slots
 from service.engine.stats import EngineStats
 from service.errors import EngineStopped
 from service.errors import NonFiniteLogits
+from service.errors import OutOfMemory
 from service.errors import PlacementDrifted
 from service.errors import ServiceError
 from service.errors import StepFailed
@@ -69,6 +72,7 @@ class Engine:
         self._ids = itertools.count()
         self._failures_in_a_row = 0  # engine thread only
         self._look: Look = lambda thorough: None
+        self._doing = Doing()
         # Guards everything below, the scheduler and its memory. Never held while the model runs.
         self._changed = threading.Condition()
         nowhere = Slots(0, share=False)  # until the runner has found what its path needs
@@ -97,18 +101,12 @@ class Engine:
         return self._runner.path.name
 
     def describe(self) -> dict[str, object]:
-        """The `engine` object of GET /placement; all null before `start` and after the end.
+        """The `engine` object of GET /placement; see `doing.described`."""
+        return described(self._runner.way, self.hangs())
 
-        path: see `path`. why: what keeps it from the faster path, or "". graphs: whether
-        decode steps are replayed as CUDA graphs. kv_reserved: device -> bytes of KV allocated.
-        """
-        found = self._runner.way
-        return {
-            "path": found and found.name,
-            "why": found and found.why,
-            "graphs": found and found.graphs is not None,
-            "kv_reserved": found and dict(found.kv_bytes),
-        }
+    def hangs(self) -> str | None:
+        """What the engine thread does not come back from, and for how long; None if all is well."""
+        return self._doing.hangs(self._clock(), self._pace.step_s) if self.alive else None
 
     def start(self) -> None:
         """Start the thread and return when it has generated one token through the real path.
@@ -310,11 +308,13 @@ class Engine:
         self._release_ended()
         if batch is not None:
             self._run(batch)
+        self._doing.end()
         return not self._closing
 
     def _inspect(self, *, thorough: bool) -> None:
         """Take the look. Raises what it returns, which ends this thread."""
         drift: PlacementDrifted | None = None
+        self._doing.begin("a look at the model", self._clock())
         with self._changed:
             self._look_wanted = False  # before the look: who asks during it wants another
         try:
@@ -334,6 +334,7 @@ class Engine:
         thread.
         """
         began = self._clock()
+        self._doing.begin_step(len(batch.pieces), began)
         launched = self._runner.launch(batch)
         while True:
             following = self._following(batch) if launched.leads else None
@@ -345,6 +346,7 @@ class Engine:
             if following is None or after is None:
                 return
             batch, launched, began = following, after, ended
+            self._doing.begin_step(len(batch.pieces), began)
 
     def _following(self, batch: Batch) -> Batch | None:
         with self._changed:
@@ -359,7 +361,7 @@ class Engine:
             self._inspect(thorough=True)
         if len(errors) < len(results):
             self._failures_in_a_row = 0
-        elif any(isinstance(error, StepFailed) for error in errors):
+        elif any(isinstance(error, (StepFailed, OutOfMemory)) for error in errors):
             self._failures_in_a_row += 1
         if self._failures_in_a_row >= FAILURES_BEFORE_TRIAL:
             self._runner.try_out()  # raises if the model is broken, which ends this thread

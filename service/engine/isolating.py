@@ -5,10 +5,14 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from service.engine.scheduler import Batch
 from service.engine.scheduler import Piece
+from service.errors import OutOfMemory
 from service.errors import RequestError
 from service.errors import StepFailed
+from service.placement.loading import collect
 
 if TYPE_CHECKING:
     from service.engine.runner import Result
@@ -24,7 +28,8 @@ def apart(
     undo: Callable[[], None],
 ) -> "list[tuple[Piece, Result]]":
     """Run a batch. Never raises for what one sequence did: a batch that fails is run again in
-    halves until the guilty one is found, and only that fails.
+    halves until the guilty one is found, and only that fails. A batch that is too large for the
+    device's memory so becomes smaller ones that may fit, and what is too large alone fails.
 
     together: whether several pieces may be in one run. undo: called before a batch is run again.
     """
@@ -34,10 +39,18 @@ def apart(
             return run(batch)
         except RequestError as error:
             known: RequestError = error
-        except Exception:  # the model and the strategy may raise anything
-            known = StepFailed("The model failed on this request. The server's log says why.")
+        except Exception as error:  # the model and the strategy may raise anything
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                known = OutOfMemory("There was no memory to compute this request. Try again later.")
+            else:
+                known = StepFailed("The model failed on this request. The server's log says why.")
             if alone:
                 log.exception("a step of sequence %d failed", batch.pieces[0].sequence.id)
+            elif isinstance(known, OutOfMemory):
+                log.warning("no memory for %d sequences: in two steps again", len(batch.pieces))
+        # behind the handlers: what was raised kept the step's tensors
+        if isinstance(known, OutOfMemory):
+            collect()
         if alone:
             return [(batch.pieces[0], known)]
         undo()

@@ -14,6 +14,7 @@ import torch
 from service.errors import PlacementMismatch
 from service.placement import checks_values
 from service.placement import guard
+from service.placement import heads
 from service.placement import stored
 from service.placement import traced
 from service.placement.inputs import input_device
@@ -210,8 +211,8 @@ def quantized_can_run(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
 
 
 def keys_match(loaded: Loaded, owners: Mapping[str, Owner]) -> int:
-    """F15: the checkpoint has every tensor of the model and no other."""
-    check_keys(list(loaded.keys), loaded.placement.allows)
+    """F15: the checkpoint has every tensor of the model and no other, but for an encoder's head."""
+    check_keys(list(loaded.keys), loaded.placement.allows | heads.spare(loaded.model))
     return sum(1 for _ in loaded.model.state_dict())
 
 

@@ -236,7 +236,8 @@ def _plainly_stored(
     files = _names_in_file(model, headers)
     prefix = f"{model.base_model_prefix}."
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        key = files.get(name) or files.get(name.removeprefix(prefix))
+        # a file of a model with its head, or of one without, has the names of that
+        key = files.get(name) or files.get(name.removeprefix(prefix)) or files.get(prefix + name)
         if key is None:
             continue
         info = headers[key]

@@ -27,6 +27,7 @@ from service.errors import PlacementMismatch
 from service.errors import ServiceError
 from service.placement import finding
 from service.placement import guard
+from service.placement import heads
 from service.placement.plan import Placement
 from service.placement.tensors import listed
 
@@ -100,12 +101,14 @@ def load(
             failure_class="F4",
         )
     try:
-        check_keys(keys, placement.allows)
+        spare = heads.spare(model)
+        check_keys(keys, placement.allows | spare)
     except PlacementMismatch:
         model = None  # the traceback holds this frame
         raise
     model.eval()
     _lay_out_inputs(model)
+    notes += heads.note(keys, spare)
     seconds = time.monotonic() - started
     return Loaded(model, strategy, config, placement, tuple(keys), seconds, tuple(notes))
 

@@ -136,16 +136,9 @@ def _reserved(layer: str, placement: Placement) -> str | None:
 def _answers(jobs: Sequence[Job]) -> Iterator[Simulation]:
     if not jobs:
         return
-    code = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-        "from service.testing import simulated; simulated.main()"
-    )
-    command = [sys.executable, "-c", code, json.dumps(sys.path)]
     asked = "".join(json.dumps(_request(job)) + "\n" for job in jobs)
     try:
-        done = subprocess.run(
-            command, input=asked, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        done = _process(asked)
         lines, said = done.stdout.splitlines(), done.stderr.strip().splitlines()
         why = f"the simulation ended with status {done.returncode}: {said[-1] if said else '-'}"
     except subprocess.TimeoutExpired:
@@ -161,6 +154,18 @@ def _answers(jobs: Sequence[Job]) -> Iterator[Simulation]:
         answer: dict[str, Any] = json.loads(lines[number])
         answer["tensors"] = tuple(answer.get("tensors", ()))
         yield Simulation(**answer, **known)
+
+
+def _process(asked: str) -> "subprocess.CompletedProcess[str]":
+    """`simulated.main` in a process of its own, by its end. Raises subprocess.TimeoutExpired."""
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        "from service.testing import simulated; simulated.main()"
+    )
+    command = [sys.executable, "-c", code, json.dumps(sys.path)]
+    return subprocess.run(
+        command, input=asked, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
 
 
 def _left_out(job: Job) -> Iterator[str]:

@@ -4,15 +4,20 @@ A script that imports nothing of ours. Requests and answers are frames: four byt
 JSON. It ends when its input does, however its parent ended.
 """
 
+import importlib
+import importlib.util
 import json
 import resource
 import signal
 import sys
 import traceback
+import types
+from pathlib import Path
 from typing import Any
 
 LENGTH_BYTES = 4
 SHOWN = 1000  # characters of what a template says when it refuses
+TEMPLATES = "transformers.utils.chat_template_utils"
 
 
 def main(memory_bytes: int, text_bytes: int) -> None:
@@ -23,15 +28,50 @@ def main(memory_bytes: int, text_bytes: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    from transformers.utils import chat_template_utils
-
+    templates = load_templates()
     _limit(memory_bytes)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what anybody prints is no frame
     _send(answers, {"ready": True})
     while len(head := requests.read(LENGTH_BYTES)) == LENGTH_BYTES:
         request = json.loads(requests.read(int.from_bytes(head, "big")))
-        _send(answers, _render(chat_template_utils, request, text_bytes))
+        _send(answers, _render(templates, request, text_bytes))
+
+
+def load_templates() -> Any:
+    """transformers' module of chat templates, alone where that is possible.
+
+    Every server starts this process; the packages around the module take three times as long to
+    import as the module does. They are left out by empty ones in their place. A version of
+    transformers whose module needs them gets them.
+    """
+    before = set(sys.modules)
+    try:
+        _stand_in("transformers")
+        _stand_in("transformers.utils")
+        templates: Any = importlib.import_module(TEMPLATES)
+        templates.render_jinja_template([[]], chat_template="")  # imports what it imports late
+    except (ImportError, AttributeError):
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "transformers":
+                del sys.modules[name]
+        templates = importlib.import_module(TEMPLATES)
+    return templates
+
+
+def _stand_in(package: str) -> None:
+    """An empty package whose modules are found where those of the real one are."""
+    parent, _, last = package.rpartition(".")
+    if parent:
+        found = [str(Path(folder, last)) for folder in sys.modules[parent].__path__]
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(package)
+        found = list(spec.submodule_search_locations)
+    module = types.ModuleType(package)
+    module.__path__ = found
+    sys.modules[package] = module
 
 
 def _limit(memory_bytes: int) -> None:

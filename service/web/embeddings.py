@@ -196,7 +196,7 @@ def _rows(work: Work) -> "Iterator[tuple[int, np.ndarray]]":
     Of many inputs, those of two steps are in the engine at a time: one runs, the next waits, so
     that a long list neither fills the queue nor keeps others waiting. Cancels everything if not
     read to the end. Raises Overloaded while nothing is in the engine, ClientGone when the client
-    has left, DeadlineExceeded, or the error of an input.
+    has left, DeadlineExceeded (by itself when a step hangs beyond it), or the error of an input.
     """
     order = sorted(range(len(work.inputs)), key=lambda index: len(work.inputs[index]))
     step = work.gives.at_once
@@ -215,6 +215,8 @@ def _rows(work: Work) -> "Iterator[tuple[int, np.ndarray]]":
                 running.extend(zip(waiting.popleft(), streams, strict=True))
             if client_gone(work.environ):
                 raise ClientGone("the client closed the connection")
+            if time.monotonic() >= work.deadline + generation.HUNG_S:
+                raise DeadlineExceeded("The request took longer than it was given.")
             if not running:  # others have filled the queue meanwhile
                 _pause(work.deadline)
                 continue

@@ -15,7 +15,7 @@ from service.errors import UnsupportedParameter
 from service.web.body import PARAM
 from service.web.body import short
 
-# Fields that change nothing about the answer: accepted, whatever they hold.
+# Fields that change nothing about the answer: accepted, whatever they hold but OF_HARMLESS.
 HARMLESS = frozenset(
     {
         "metadata",
@@ -28,6 +28,12 @@ HARMLESS = frozenset(
         "user",
     }
 )
+
+# Of harmless fields that are objects: what in them would change the answer all the same. A request
+# that prewarms a cache at OpenAI gets an empty answer, one that compares gets a diagnosis.
+OF_HARMLESS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "prompt_cache_options": {"comparison_response_id": (), "prewarm": (False,)},
+}
 
 # Field -> values that ask for nothing. With any other value the field is refused. null is always
 # nothing.
@@ -169,6 +175,10 @@ def keep_done(
         if value is None or name in harmless:
             if name not in done and name not in harmless and name not in not_done:
                 unknown.append(where)
+            if name in OF_HARMLESS and isinstance(value, Mapping):
+                keep_done(
+                    value, (), value.keys() - OF_HARMLESS[name], OF_HARMLESS[name], f"{where}."
+                )
         elif name in done:
             kept[name] = value
         elif name in not_done:

@@ -1,5 +1,6 @@
 """What operators and clients ask about the server itself: health, placement, models."""
 
+from dataclasses import replace
 from typing import Any
 
 from flask import Flask
@@ -25,6 +26,12 @@ def add_routes(app: Flask, deployment: Deployment) -> None:
         return jsonify({"status": "live"})
 
     def health_ready() -> Response:
+        return readiness()
+
+    def health() -> Response:
+        return readiness()
+
+    def readiness() -> Response:
         try:
             serving = deployment.probed()
         except (NotReady, PlacementDrifted) as error:  # not logged: probes ask every few seconds
@@ -51,6 +58,8 @@ def add_routes(app: Flask, deployment: Deployment) -> None:
         special={503: answers.NotReadyError},
     )
     routes.add(app, "/health/ready", health_ready, ready)
+    # vLLM's name, which many clients and load balancers ask
+    routes.add(app, "/health", health, replace(ready, summary="The same as /health/ready"))
     planned = Operation("Plan, certificate and state of the deployment", answers.Placement)
     routes.add(app, "/placement", placement, planned)
     listed = Operation("The model that is served", answers.Models, errors=routes.OF_MODEL)

@@ -62,12 +62,18 @@ def _column(
 ) -> dict[str, str]:
     said = {name: f"done{_bounds(model, name)}" for name in done}
     said |= dict.fromkeys(harmless, "no effect")
-    for name, values in not_done.items():
-        nothing = " or ".join(f"`{json.dumps(value)}`" for value in values)
-        said[name] = f"only {nothing}" if nothing else "refused"
+    for name in fields.OF_HARMLESS.keys() & said.keys():
+        within = fields.OF_HARMLESS[name].items()
+        said[name] += "".join(f"; its `{inner}`: {_only(values)}" for inner, values in within)
+    said |= {name: _only(values) for name, values in not_done.items()}
     if "best_of" in said:
         said["best_of"] = "only the same as `n`"
     return said
+
+
+def _only(values: tuple[Any, ...]) -> str:
+    nothing = " or ".join(f"`{json.dumps(value)}`" for value in values)
+    return f"only {nothing}" if nothing else "refused"
 
 
 def _bounds(model: type[BaseModel], name: str) -> str:

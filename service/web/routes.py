@@ -14,6 +14,7 @@ from service.errors import EngineStopped
 from service.errors import InvalidRequest
 from service.errors import NonFiniteLogits
 from service.errors import NotReady
+from service.errors import OutOfMemory
 from service.errors import Overloaded
 from service.errors import PlacementDrifted
 from service.errors import RateLimited
@@ -46,6 +47,7 @@ OF_ANSWER: Errors = (
     ContextTooLong,
     NonFiniteLogits,
     StepFailed,
+    OutOfMemory,
     EngineStopped,
     DeadlineExceeded,
     *OF_BODY,

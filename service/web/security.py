@@ -30,7 +30,7 @@ from service.web.limits import Accounts
 
 # Everything else needs a key when keys are configured. Endpoints by name, so that no spelling of a
 # path matters.
-HEALTH = frozenset({"health_live", "health_ready"})
+HEALTH = frozenset({"health", "health_live", "health_ready"})
 # The same files everywhere: the page asks for a key itself, to fetch what it shows.
 PAGE = frozenset({"docs", "docs_script", "docs_bundle", "docs_style"})
 OPEN_ENDPOINTS = HEALTH | PAGE

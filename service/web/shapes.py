@@ -16,6 +16,7 @@ from typing import Any
 from service.errors import InvalidRequest
 from service.errors import UnsupportedParameter
 from service.web.body import short
+from service.web.fields import OF_HARMLESS
 from service.web.fields import keep_done
 from service.web.values import Choice
 from service.web.values import Only
@@ -149,7 +150,7 @@ class Object:
             for name, shape in self.done.items()
         }
         properties |= {name: _nothing(values) for name, values in self.not_done.items()}
-        properties |= {name: {"description": "No effect."} for name in sorted(self.harmless)}
+        properties |= {name: _harmless(name) for name in sorted(self.harmless)}
         found: Schema = {"type": "object", "properties": properties}
         if self.said:
             found["description"] = self.said
@@ -252,6 +253,14 @@ def _array(item: Schema, least: int, most: int | None) -> Schema:
         found["minItems"] = least
     if most is not None:
         found["maxItems"] = most
+    return found
+
+
+def _harmless(name: str) -> Schema:
+    found: Schema = {"description": "No effect."}
+    inside = OF_HARMLESS.get(name)
+    if inside:
+        found["properties"] = {inner: _nothing(values) for inner, values in inside.items()}
     return found
 
 

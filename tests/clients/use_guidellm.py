@@ -13,7 +13,6 @@ BACKEND = {
     "target": os.environ["OPENAI_BASE_URL"].removesuffix("/v1"),  # http://127.0.0.1:8000
     "model": "smollm2-135m",
     "api_key": os.environ["OPENAI_API_KEY"],
-    "api_routes": {"/health": "health/ready"},
 }
 OPTIONS = {
     "--backend": json.dumps(BACKEND),

@@ -252,7 +252,7 @@ def test_a_deadline_ends_a_running_and_a_waiting_sequence(start: Start) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("secret path /srv/x"), MemoryError("secret"), PluginError("secret options")],
+    [RuntimeError("secret path /srv/x"), ValueError("secret"), PluginError("secret options")],
 )
 def test_a_step_that_raises_fails_only_its_sequence_and_tells_the_log(
     start: Start, caplog: pytest.LogCaptureFixture, error: Exception

@@ -4,6 +4,7 @@ forward, place_inputs: what happens in a step that computes a position of `at` (
 "memory", "nan", "hold", "leave", or for place_inputs "nothing", "list", "shape". A position is a
 token's place in its sequence, so short sequences stay clear of it. step_s: seconds added to every
 step. decode: "raise" for texts with the token `FAULTY_TOKEN`. clock_s: added to time.time().
+hangs_after_s: what "hold" may take before it is taken to hang.
 """
 
 import json

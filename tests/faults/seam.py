@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 
+from service.engine import doing
 from tests.faults.control import FAULTY_TEXT
 from tests.faults.control import FAULTY_TOKEN
 from tests.faults.control import SECRET
@@ -83,7 +84,10 @@ def _happen(control: Control, place: str, what: str | None) -> None:
     if what == "memory":
         raise torch.OutOfMemoryError(f"out of memory for {SECRET}")
     if what == "hold":
+        usual = doing.HANGS_AFTER_S
+        doing.HANGS_AFTER_S = control.read().get("hangs_after_s", usual)
         control.hold(place)
+        doing.HANGS_AFTER_S = usual
     if what == "leave":
         sys.exit(1)
 

@@ -80,7 +80,7 @@ class Faulty(Server):
         options = deployment.pop("options", {})
         self.control = Control(folder / "control.json")
         write_config(folder, model, **faulty(folder, **options), **deployment)
-        environment = {"TEST_APP": "service.web.wsgi:build", "TEST_SOCKET_SECONDS": "2"}
+        environment = {"TEST_APP": "service.web.wsgi:build", "TEST_SOCKET_SECONDS": "1"}
         super().__init__(folder / "log", conf=CONF, cwd=folder, OMP_NUM_THREADS="1", **environment)
 
     def ready(self) -> "Faulty":

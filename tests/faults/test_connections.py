@@ -7,9 +7,12 @@ import time
 
 import pytest
 
+from tests.faults.serving import CHAT
 from tests.faults.serving import COMPLETIONS
+from tests.faults.serving import SEQUENCES
 from tests.faults.serving import SLOTS
 from tests.faults.serving import Faulty
+from tests.faults.serving import chat
 from tests.faults.serving import completion
 from tests.faults.serving import head
 from tests.faults.serving import raw
@@ -58,6 +61,23 @@ def test_a_half_closed_connection_is_taken_as_left_by_a_long_answer(server: Faul
     assert server.line_of("half-closed")["error"] == "client_closed_request"
     server.wait_most(1)
     connection.close()
+
+
+def test_a_client_that_never_reads_its_stream_is_dropped(server: Faulty) -> None:
+    body = chat("go on", max_tokens=400, stream=True, ignore_eos=True, n=SEQUENCES - 1)
+    body |= {"logprobs": True, "top_logprobs": 20}
+    connection = socket.socket()
+    # Segments on loopback have 64 KB, and the kernel keeps room for many before a write waits: the
+    # whole answer, if the client did not ask for shorter ones.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with contextlib.closing(connection):
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(request(CHAT, body, "X-Request-Id: never-reads"))
+        line = server.line_of("never-reads")
+    assert (line["status"], line["error"]) == (200, "client_closed_request")
+    assert 0 < line["completion_tokens"] < 400 * (SEQUENCES - 1)
+    server.wait_most(1)
 
 
 @pytest.mark.parametrize("sent", ["head", "body", "chunks"])

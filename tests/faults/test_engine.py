@@ -13,7 +13,7 @@ LONG = "a" * 300
 NEARLY = "a" * 240
 STEP_FAILS = [
     ("forward", "raise", "step_failed"),
-    ("forward", "memory", "step_failed"),
+    ("forward", "memory", "out_of_memory"),
     ("forward", "nan", "non_finite_logits"),
     ("place_inputs", "raise", "step_failed"),
     ("place_inputs", "nothing", "step_failed"),
@@ -23,13 +23,14 @@ STEP_FAILS = [
 
 
 @pytest.mark.parametrize(("place", "what", "code"), STEP_FAILS)
-def test_a_prompt_whose_step_fails_is_500_and_the_next_one_is_answered(
+def test_a_prompt_whose_step_fails_is_told_and_the_next_one_is_answered(
     server: Faulty, place: str, what: str, code: str
 ) -> None:
     body = completion(LONG, 4)
     with server.control.during(**{place: {"do": what, "at": LATE}}):
         answer = server.ask(COMPLETIONS, body, X_Request_Id=f"prompt-{place}-{what}")
-    refused(answer, 500, code)
+    refused(answer, 503 if code == "out_of_memory" else 500, code)
+    assert ("Retry-After" in answer.headers) == (code == "out_of_memory")
     assert server.line_of(f"prompt-{place}-{what}")["error"] == code
     assert server.ask(COMPLETIONS, body).status == 200
 

@@ -79,6 +79,24 @@ def test_a_model_that_fails_every_step_is_loaded_again(mortal: Faulty) -> None:
     wait_again(mortal, before)
 
 
+def test_a_server_whose_step_hangs_is_not_ready_until_it_ends(mortal: Faulty) -> None:
+    stream = mortal.stream("a", 50)
+    events = stream.events()
+    next(events)
+    with mortal.control.during(forward={"do": "hold"}, hangs_after_s=0.2):
+        wait_for("it is seen", lambda: mortal.try_get("/health/ready") == 503)
+        refused(
+            mortal.get("/health/ready"), 503, "not_ready", "a step of 1 sequence has been running"
+        )
+        assert "a step of 1 sequence" in mortal.get("/placement").json["engine"]["hangs"]
+        assert mortal.get("/health/live").status == 200
+    mortal.ready()
+    list(events)
+    assert stream.done
+    stream.close()
+    assert mortal.get("/placement").json["engine"]["hangs"] is None
+
+
 def test_a_place_inputs_that_hangs_does_not_keep_requests_beyond_their_deadline(
     mortal: Faulty,
 ) -> None:
@@ -92,9 +110,9 @@ def test_a_place_inputs_that_hangs_does_not_keep_requests_beyond_their_deadline(
 
 @pytest.mark.parametrize("clock_s", [YEAR_S, -YEAR_S])
 def test_a_clock_that_jumps_ends_nothing(mortal: Faulty, clock_s: float) -> None:
-    body = completion("a", 200, stream=True)
-    alone = text_of(list(mortal.stream("a", 200).events()))
-    stream = mortal.stream("a", 200)
+    body = completion("a", 100, stream=True)
+    alone = text_of(list(mortal.stream("a", 100).events()))
+    stream = mortal.stream("a", 100)
     events = stream.events()
     first = next(events)
     with mortal.control.during(clock_s=clock_s):

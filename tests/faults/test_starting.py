@@ -69,6 +69,22 @@ def fails(server: Server, status: int, *words: str) -> None:
     assert "Traceback" not in server.log()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[dict[str, Server]]:
+    """A server for each hook that hangs. They wait for their load_timeout_s beside the other tests
+    here, and are looked at by the last.
+    """
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, hooks in HANGS.items():
+            folder = tmp_path_factory.mktemp(name)
+            write(folder / "strategies", f"hangs-in-{name.replace('_', '-')}", hooks)
+            words: dict[str, Any] = {"strategy": f"hangs-in-{name.replace('_', '-')}"}
+            words |= {"strategy_dirs": ["./strategies"], "load_timeout_s": 10}
+            servers[name] = stack.enter_context(serve(folder, model, **words))
+        yield servers
+
+
 def test_a_plugin_that_raises_or_returns_nonsense_in_any_hook_is_named_and_the_next_serves(
     tmp_path: Path, model: Path
 ) -> None:
@@ -87,28 +103,6 @@ def test_a_plugin_that_raises_or_returns_nonsense_in_any_hook_is_named_and_the_n
         assert told[name]["stage"] == FAULTS[name].stage
         for words_of in FAULTS[name].says:
             assert words_of in told[name]["error"]["message"]
-
-
-@pytest.fixture(scope="module")
-def hanging(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[dict[str, Server]]:
-    """A server for each hook that hangs, all at once: each waits for its load_timeout_s."""
-    with contextlib.ExitStack() as stack:
-        servers = {}
-        for name, hooks in HANGS.items():
-            folder = tmp_path_factory.mktemp(name)
-            write(folder / "strategies", f"hangs-in-{name.replace('_', '-')}", hooks)
-            words: dict[str, Any] = {"strategy": f"hangs-in-{name.replace('_', '-')}"}
-            words |= {"strategy_dirs": ["./strategies"], "load_timeout_s": 15}
-            servers[name] = stack.enter_context(serve(folder, model, **words))
-        yield servers
-
-
-@pytest.mark.parametrize("name", HANGS)
-def test_a_plugin_that_hangs_in_a_hook_ends_the_start_and_is_named(
-    hanging: dict[str, Server], name: str
-) -> None:
-    named = f"strategy hangs-in-{name.replace('_', '-')} was not done within load_timeout_s: 15 s"
-    fails(hanging[name], 1, named)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -164,3 +158,11 @@ def test_a_full_disk_for_the_offload_folder_is_told(tmp_path: Path, model: Path)
     command = ("bash", "-c", small)
     with Server(tmp_path / "log", command=command, cwd=tmp_path, **quiet) as server:
         fails(server, 1, "strategy offloads: load raised OSError", "File too large")
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_plugin_that_hangs_in_a_hook_ends_the_start_and_is_named(
+    hanging: dict[str, Server], name: str
+) -> None:
+    named = f"strategy hangs-in-{name.replace('_', '-')} was not done within load_timeout_s: 10 s"
+    fails(hanging[name], 1, named)

@@ -89,6 +89,7 @@ def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
             "why": "it is an encoder-decoder",
             "graphs": False,
             "kv_reserved": {},
+            "hangs": None,
         }
         assert told["kv"]["planned_tokens"] == 300 * 8  # as its n_positions allows
         assert told["certificate"]["valid"]

@@ -1,5 +1,6 @@
 """`moorage reload`, unloading and waking on the real server, and faults in the middle of them."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -194,6 +195,92 @@ def test_a_reload_under_load_drops_nothing_and_mixes_nothing(place: Place) -> No
         server.signal(signal.SIGTERM)
         assert server.exit_status() == 0
         assert not place.socket.exists()
+
+
+PROMPTS = ("hello", "The sea is calm", "a" * 40, "once upon a time there was")
+
+
+def streamed(server: Server, model: str, prompt: str) -> tuple[int, str, str]:
+    """The status, the model that says it answers, and the text of a stream that has its end."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": 200,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    headers = {"Content-Type": "application/json"}
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            return response.status, model, response.read().decode()
+        lines = [line.removeprefix(b"data: ").strip() for line in response if line[:5] == b"data:"]
+    assert lines[-1] == b"[DONE]", lines[-1]
+    chunks = [json.loads(line) for line in lines[:-1]]
+    (named,) = {chunk["model"] for chunk in chunks}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length", chunks[-1]
+    return 200, named, "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+def test_streams_beside_each_other_are_all_of_one_model_through_a_reload(
+    place: Place, models: Path
+) -> None:
+    """In float32: there a text is the same alone and in a batch of any size."""
+    save_tiny(models / "three", seed=3)
+    with place.serve() as server:
+        ready(server)
+        expected = {"one": [streamed(server, "one", prompt)[2] for prompt in PROMPTS]}
+        stop = threading.Event()
+        got: list[tuple[int, str, int, str]] = []
+        failures: list[BaseException] = []
+
+        def work(which: int) -> None:
+            try:
+                while not stop.is_set():
+                    asked = served(server)
+                    status, model, said = streamed(server, asked, PROMPTS[which])
+                    got.append((which, model, status, said))
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        def wait_answered(name: str) -> None:
+            begun = len(got)
+
+            def probe() -> bool:
+                seen = {which for which, model, *_ in got[begun:] if model == name}
+                return bool(failures) or len(seen) == len(PROMPTS)
+
+            wait_for(f"streams of {name}", probe)
+
+        working = [threading.Thread(target=work, args=(which,)) for which in range(len(PROMPTS))]
+        for thread in working:
+            thread.start()
+        try:
+            place.hold.touch()
+            place.write("three", strategy="holding")
+            assert place.reload("--no-wait").returncode == 0
+            held(place)
+            wait_answered("one")  # in the middle of the load
+            place.hold.unlink()
+            wait_answered("three")
+        finally:
+            stop.set()
+            for thread in working:
+                thread.join(60)
+        assert failures == []
+        expected["three"] = [streamed(server, "three", prompt)[2] for prompt in PROMPTS]
+        for of_old, of_new in zip(expected["one"], expected["three"], strict=True):
+            assert of_old != of_new
+        for which, model, status, said in got:
+            if status == 404:  # it asked for the old name a moment after the change
+                assert model == "one"
+                continue
+            assert (status, said) == (200, expected[model][which])
+        assert "Traceback" not in server.log()
 
 
 def test_a_config_of_nonsense_is_refused_with_its_place_and_the_old_model_serves(

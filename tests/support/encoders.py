@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModel
+from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForPreTraining
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -74,6 +76,21 @@ def save_encoder(
     if length is not None:
         write(folder / "sentence_bert_config.json", {"max_seq_length": length})
     return folder
+
+
+def save_headed(folder: Path, arch: str, head: str = "masked", **changes: Any) -> PreTrainedModel:
+    """A folder as of bert-base-uncased: an encoder with the head that it was trained with.
+
+    head: "masked" or "pretraining". Returns the model, whose own `base_model` gives the states.
+    """
+    kinds = {"masked": AutoModelForMaskedLM, "pretraining": AutoModelForPreTraining}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        config = encoder_config(arch, **changes)
+        model: PreTrainedModel = kinds[head].from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
 
 
 def write_steps(folder: Path, *more: str) -> None:

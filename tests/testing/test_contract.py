@@ -15,6 +15,7 @@ from service.testing import contract
 from service.testing.machines import ram
 from tests.support.tiny import save_tiny
 
+pytestmark = pytest.mark.usefixtures("forked_simulations")
 DISK_LAYERS = Path(__file__).resolve().parents[2] / "examples" / "strategies" / "disk_layers.py"
 
 

@@ -29,6 +29,8 @@ from tests.support.planned import write_shape
 from tests.support.planned import write_strategy
 from tests.support.tiny import tiny_config
 
+# the others start their process as the command does
+FORKED = pytest.mark.usefixtures("forked_simulations")
 TWO = cards(24 * GIB, 24 * GIB)
 TINY_MIXTRAL = {
     "vocab_size": 258,
@@ -169,6 +171,7 @@ def test_a_plan_without_accelerators_is_not_applicable(
     assert (found.status, found.message) == ("not applicable", "plans no accelerator")
 
 
+@FORKED
 def test_planted_faults_are_caught_with_modules_and_devices(tmp_path: Path):
     plain, tied = job(tmp_path / "m"), job(tmp_path / "tied", tie=True)
     block = "model.layers.1"
@@ -195,6 +198,7 @@ def test_planted_faults_are_caught_with_modules_and_devices(tmp_path: Path):
                (split, head, norm))  # fmt: skip
 
 
+@FORKED
 def test_kv_that_is_not_where_it_was_reserved_is_refuted(tmp_path: Path):
     """`module_map`, by which memory was counted, says one card; what `load` gets, the other."""
     layer = "model.layers.3"
@@ -210,6 +214,7 @@ def moving(folder: Path, moves: Iterable[str]) -> list[Simulation]:
     return simulate_all([mine(folder / str(n), hook % move + more) for n, move in enumerate(moves)])
 
 
+@FORKED
 def test_inputs_that_go_elsewhere_are_refuted(tmp_path: Path):
     said = {
         "to('cuda:1')": "place_inputs put input_ids on cuda:1; inputs belong on cuda:0 (F7)",
@@ -222,12 +227,14 @@ def test_inputs_that_go_elsewhere_are_refuted(tmp_path: Path):
         assert words in one.message
 
 
+@FORKED
 def test_a_card_may_be_named_in_any_of_torchs_ways(tmp_path: Path):
     moves = ("to(0)", "to('cuda')", "cuda()", "cuda(0)", "to('cuda:0')", "to(device='cuda:0')")
     found = moving(tmp_path, moves)
     assert [(one.status, one.message) for one in found] == [("proven", "")] * len(moves)
 
 
+@FORKED
 def test_what_depends_on_values_is_not_simulated_and_says_so(tmp_path: Path):
     """As a model's forward would that looks at its numbers."""
     hook = """@hookimpl

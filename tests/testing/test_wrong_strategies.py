@@ -8,6 +8,7 @@ from service.placement import guard
 from service.testing.examining import Result
 from service.testing.examining import examine
 
+pytestmark = pytest.mark.usefixtures("forked_simulations")
 FOLDER = Path(__file__).parent / "wrong_strategies"
 # file -> the check that catches it, and what its message has beside the place
 WRONG = {

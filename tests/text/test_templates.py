@@ -1,5 +1,7 @@
 """Chat templates run elsewhere: what they cost, and what they can do there."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,8 +10,10 @@ import pytest
 
 from service.errors import InvalidRequest
 from service.errors import Overloaded
+from service.text import template_process
 from service.text import templates
 from service.text.templates import Renderer
+from tests.support.server import environment
 from tests.support.templates import TEMPLATES
 from tests.support.tiny import CHATML
 from tests.support.tiny import tiny_tokenizer
@@ -63,12 +67,15 @@ def test_a_template_that_loops_for_ever_is_ended_and_the_next_works(
     ],
     ids=["times", "width", "format", "nested", "doubling"],
 )
-def test_a_template_that_fills_the_memory_fails_alone(renderer, template):
+def test_a_template_that_fills_the_memory_fails_alone(renderer, template, monkeypatch):
+    assert ask(renderer, "ok") == "ok"
     before = psutil.Process().memory_info().rss
+    monkeypatch.setattr(templates, "RENDER_S", 2.0)
     with pytest.raises(InvalidRequest, match="chat template of this model fails") as caught:
         ask(renderer, template)
     assert "MemoryError" in caught.value.message or "longer than" in caught.value.message
     assert psutil.Process().memory_info().rss - before < 2**28
+    monkeypatch.undo()
     assert ask(renderer, "ok") == "ok"
 
 
@@ -126,6 +133,29 @@ def test_it_makes_what_transformers_makes(template: str, prompt: bool):
         messages, tools=tools, add_generation_prompt=prompt, tokenize=False
     )
     assert templates.render(tokenizer, messages, tools, prompt=prompt) == wanted
+
+
+def imported(module: str) -> str:
+    """What a fresh process has of transformers when it has loaded that module of it."""
+    code = (
+        "import sys; from service.text import template_process as script;"
+        f"script.TEMPLATES = {module!r};"
+        "assert script.load_templates().__name__ == script.TEMPLATES;"
+        "print('whole' if hasattr(sys.modules['transformers'], '__version__') else 'part')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_of_transformers_it_imports_the_templates_alone():
+    assert imported(template_process.TEMPLATES) == "part"
+
+
+def test_a_module_that_needs_the_rest_of_transformers_gets_it():
+    assert imported("transformers.utils.hub") == "whole"
 
 
 def test_the_time_zone_is_the_servers(renderer):

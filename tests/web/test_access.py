@@ -100,7 +100,7 @@ def test_several_answers_are_one_line(client, lines):
 
 
 def test_probes_are_logged_for_debugging_only(client, lines, caplog):
-    for path in ("/health/live", "/health/ready", "/metrics"):
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):
         client.get(path).close()
     assert lines() == []
     caplog.set_level(logging.DEBUG, logger="moorage.access")

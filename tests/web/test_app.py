@@ -35,6 +35,15 @@ def test_a_ready_server_says_so(client):
     assert client.get("/placement").get_json()["state"] == "ready"
 
 
+@pytest.mark.parametrize("state", ["ready", "loading", "draining", "failed"])
+def test_health_alone_is_vllms_name_of_readiness(make_client, state):
+    client = make_client(state=state, progress=0.63)
+    answer, known = client.get("/health"), client.get("/health/ready")
+    assert (answer.status_code, answer.get_json()) == (known.status_code, known.get_json())
+    assert answer.status_code == (200 if state == "ready" else 503)
+    assert answer.headers.get("Retry-After") == known.headers.get("Retry-After")
+
+
 @pytest.mark.parametrize("state", ["planned", "loading", "validating", "draining", "failed"])
 def test_until_it_is_ready_it_says_how_far_it_is_and_when_to_come_back(make_client, state):
     client = make_client(state=state, progress=0.63)

@@ -205,3 +205,29 @@ def test_a_prompt_that_fills_the_context_can_be_echoed_and_nothing_more(client, 
     assert engine.submissions[0].params.prompt_logprobs == 0
     error = error_of(client.post(COMPLETIONS, json=full | {"max_tokens": 1}), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses", "/v1/embeddings"])
+@pytest.mark.parametrize(
+    ("inner", "value"), [("prewarm", True), ("prewarm", 1), ("comparison_response_id", "resp_1")]
+)
+def test_what_would_change_the_answer_is_refused_inside_a_harmless_field(
+    client, engine, path, inner, value
+):
+    body = body_for(path)
+    if path not in (CHAT, COMPLETIONS):
+        body = {"model": body["model"], "input": "a"}
+    body["prompt_cache_options"] = {"mode": "implicit", inner: value}
+    error = error_of(client.post(path, json=body), 400)
+    assert error["param"] == f"prompt_cache_options.{inner}"
+    assert not engine.submissions
+
+
+@pytest.mark.parametrize(
+    "value", [{}, None, {"prewarm": False, "mode": "explicit"}, {"prewarm": None, "ttl": "12h"}]
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_harmless_field_without_it_has_no_effect(client, path, value):
+    response = client.post(path, json=body_for(path, prompt_cache_options=value))
+    assert response.status_code == 200
+    assert "x-moorage-ignored" not in response.headers

@@ -199,7 +199,7 @@ def test_a_stream_that_nobody_reads_to_its_end_ends_its_span(
 
 def test_probes_make_no_spans(make_traced, exporter):
     client = make_traced()
-    for path in ("/health/live", "/health/ready", "/metrics"):
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):
         client.get(path).close()
     assert exporter.get_finished_spans() == ()
 
