@@ -120,12 +120,15 @@ def ask(path: Path, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         connection.settimeout(PATIENCE_S)
         try:
             connection.connect(str(path))
-            connection.sendall(json.dumps(request).encode() + b"\n")
         except OSError:
             raise _nobody(path) from None
-        connection.settimeout(None)  # a load takes its time; the end of the server ends this
         ended = False
-        with connection.makefile("rb") as lines, contextlib.suppress(ConnectionError):
+        with (
+            connection.makefile("rb") as lines,
+            contextlib.suppress(ConnectionError, TimeoutError),
+        ):
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            connection.settimeout(None)  # a load takes its time; the end of the server ends this
             for line in lines:
                 message: dict[str, Any] = json.loads(line)
                 ended = "progress" not in message
