@@ -23,7 +23,7 @@ types: $(VENV)/.tested
 tests: $(VENV)/.tested
 	$(BIN)/moorage model fetch smollm2-135m
 	$(BIN)/moorage model fetch all-minilm-l6-v2
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(PYTEST_ARGS)
 
 # official clients, each in an environment of its own, against a real server: docs/clients.md
 clients: $(VENV)/.tested

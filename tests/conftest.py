@@ -2,9 +2,6 @@
 
 import gc
 import os
-from pathlib import Path
-
-import pytest
 
 from service.config.compute_threads import compute_environment
 
@@ -12,14 +9,6 @@ from service.config.compute_threads import compute_environment
 # itself on two cores. Several test processes whose idle threads spin take twice as long.
 for name, value in compute_environment(2).items():
     os.environ.setdefault(name, value)
-
-TESTS = Path(__file__).parent
-# Files of few tests that take long: first, so that no process waits for another's at the end.
-LONG = tuple(TESTS / name for name in ("faults", "server", "e2e", "web/test_conformance.py"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(item.path.is_relative_to(path) for path in LONG))
 
 
 def pytest_collection_finish() -> None:

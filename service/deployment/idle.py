@@ -35,6 +35,8 @@ def unload_when_idle(deployment: "Deployment", status: Status, serving: Serving)
     while serving.uses.wait_idle(seconds):
         deployment.turn.wait("the unloading of the idle model")
         try:
+            if not _answers(deployment, status):  # nor will it again: whatever follows has its own
+                return
             if _close(deployment, status, serving, seconds()):
                 _unload(deployment, status, serving)
         finally:
@@ -70,10 +72,15 @@ def _settled(deployment: "Deployment", status: Status) -> bool:
     return now is not status or now.state in ENDS or now.asleep is None
 
 
+def _answers(deployment: "Deployment", status: Status) -> bool:
+    with deployment.changed:
+        return deployment.status is status and status.state == "ready"
+
+
 def _close(deployment: "Deployment", status: Status, serving: Serving, seconds: float) -> bool:
     """Whether the model is idle still, and lets nobody in from now on."""
     with deployment.changed:
-        if deployment.status is not status or status.state != "ready" or seconds <= 0:
+        if not _answers(deployment, status) or seconds <= 0:
             return False
         if not serving.uses.close_if_free(seconds):
             return False

@@ -223,3 +223,15 @@ def test_it_answers_as_ever_before_it_is_idle(make: Make) -> None:
     deployment = make(idle_unload_s=1000).settle()
     assert answer(deployment, [1, 2, 3]) == ask(deployment)
     assert deployment.state == "ready"
+
+
+def test_who_watches_an_idle_model_ends_with_it(make: Make) -> None:
+    """Whatever ended it: a thread that looks again and again would take the others' time."""
+    before = set(threading.enumerate())
+    deployment = make(idle_unload_s=0.5).settle()
+    watching = [one for one in set(threading.enumerate()) - before if one.name == "idle"]
+    deployment.drain(0.0)
+    assert watching
+    for one in watching:
+        one.join(PATIENCE_S)
+        assert not one.is_alive()

@@ -5,7 +5,6 @@ Compared with transformers alone, text by text, and without anything of ours.
 
 import base64
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,10 +83,7 @@ def off(found: Any, expected: Any) -> float:
 
 
 def test_the_curl_of_the_ready_line_gets_an_embedding(server: Server):
-    command = server.text.partition("try: ")[2].partition("\n")[0]
-    done = subprocess.run(
-        [*shlex.split(command), "--silent"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(server.curl(), capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)["data"][0]["embedding"]) == 384
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,6 +49,11 @@ class Server:
         """http://127.0.0.1:PORT as soon as it listens."""
         found = _wait(lambda: re.search(r"Listening at: (http://\S+)", self.text), self, timeout_s)
         return str(found[1])
+
+    def curl(self, timeout_s: float = 60) -> list[str]:
+        """The command of the ready line, which is written just after readiness."""
+        found = _wait(lambda: re.search(r"try: (curl .*)\n", self.text), self, timeout_s)
+        return [*shlex.split(found[1]), "--silent"]
 
     def wait_ready(self, timeout_s: float = 180) -> str:
         """Wait for readiness and return the address."""
