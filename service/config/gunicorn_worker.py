@@ -23,6 +23,7 @@ Signal handlers only queue a call to it.
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -54,7 +55,7 @@ RESERVE_SECONDS = 3.0
 """What the end of a stop takes from the grace: the last events, the closing of connections."""
 FLUSH_SECONDS = 2.0
 QUICK_DRAIN_SECONDS = 0.5
-QUICK_FLUSH_SECONDS = 1.0
+QUICK_FLUSH_SECONDS = 2.0
 FAREWELL_SECONDS = 0.7
 """For sending spans at the very end: less than what is left of the reserve."""
 DIED = 70
@@ -184,7 +185,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def _end_loop(self) -> None:
         """Nothing runs any more: leave the accept loop; what is being written may be finished."""
         if self._leave_at is not None:
-            left_s = max(0, int(self._leave_at - time.monotonic()))
+            # Rounded up: at 0 gunicorn waits for nobody. The last resort keeps the exact time.
+            left_s = max(1, math.ceil(self._leave_at - time.monotonic()))
             self.cfg.set("graceful_timeout", left_s)
         self.alive = False
 
