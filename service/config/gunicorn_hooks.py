@@ -146,7 +146,8 @@ class Hooks:
         if self._deaths >= DEATHS_WHILE_LOADING and server.LISTENERS:  # without them it is stopping
             server.log.error(
                 "%d workers in a row were killed while they loaded the model."
-                "  fix: see `moorage plan` for the memory it needs and what else runs here",
+                "  fix: see `moorage plan` for the memory it needs and what else runs here;"
+                " after SIGBUS, make room on the disk of the offload folder",
                 self._deaths,
             )
             self._record.fail(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -148,16 +149,44 @@ OFFLOADS = load_then(
 """Writes 66 KB as accelerate does for weights that go to disk."""
 
 
-def test_a_full_disk_for_the_offload_folder_is_told(tmp_path: Path, model: Path) -> None:
+def offloading(tmp_path: Path, model: Path, shell: str, *shells_in: str) -> Server:
+    """A server whose load writes weights to its offload folder, begun by a shell."""
     write(tmp_path / "strategies", "offloads", OFFLOADS)
     words = {"strategy": "offloads", "strategy_dirs": ["./strategies"]}
     write_config(tmp_path, model, **words, offload_folder=str(tmp_path / "offload"))
-    # no file may become larger than 50 KiB: to a program, a disk that is full
-    small = f'ulimit -f 50; exec "{sys.executable}" -m gunicorn -c "{CONF}"'
     quiet = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = ("bash", "-c", small)
-    with Server(tmp_path / "log", command=command, cwd=tmp_path, **quiet) as server:
+    command = (
+        *shells_in,
+        "bash",
+        "-c",
+        f'{shell}; exec "{sys.executable}" -m gunicorn -c "{CONF}"',
+    )
+    return Server(tmp_path / "log", command=command, cwd=tmp_path, **quiet)
+
+
+def test_a_full_disk_for_the_offload_folder_is_told(tmp_path: Path, model: Path) -> None:
+    # no file may become larger than 50 KiB: to a program, a disk that is full
+    with offloading(tmp_path, model, "ulimit -f 50") as server:
         fails(server, 1, "strategy offloads: load raised OSError", "File too large")
+
+
+def may_mount() -> bool:
+    """A small file system, in a mount namespace of its own."""
+    mount = ("unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", "/mnt")
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="may not mount a file system here")
+def test_a_full_file_system_for_the_offload_folder_is_told(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    mount = f'mount -t tmpfs -o size=40k tmpfs "{folder}"'
+    # the mount ends with the server, whose namespace it is in
+    with offloading(tmp_path, model, mount, "unshare", "-m") as server:
+        # accelerate writes through a memory map, for whose pages there is no room then
+        fails(server, 1, "2 workers in a row were killed", "after SIGBUS, make room on the disk")
 
 
 @pytest.mark.parametrize("name", HANGS)
