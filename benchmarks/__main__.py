@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "engine": "in process, CPU: ours against its peers at 1 to 32 streams, then latency under load",
     "serve": "over HTTP, CPU: ours against servers of others, streaming clients",
+    "constrained": "over HTTP, CPU: what a stream bound to a schema costs those beside it",
     "gpu": "CUDA, an 8B shape with random weights: ours against transformers",
     "step": "CUDA: where one decode step goes",
     "load": "the certificate's share of a load, and how long plans for large models take",

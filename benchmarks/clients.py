@@ -3,23 +3,20 @@
     python -m benchmarks.clients < asked.json > answers.json
 
 asked: {"url", "model", "dialect", "requests", "streams", "beside"}; see `benchmarks.worker` for
-"beside". Only the standard library: what is measured is the server.
+"beside".
 """
 
-import http.client
 import json
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
-from benchmarks.figures import Answer
 from benchmarks.loops import beside
-from benchmarks.loops import closed_loop
 from benchmarks.workload import Request
-
-SILENCE_S = 900.0
+from service.cli.asking import Server
+from service.cli.timing import Answer
+from service.cli.timing import closed_loop
 
 
 def body(dialect: str, model: str, request: Request) -> dict[str, Any]:
@@ -29,7 +26,6 @@ def body(dialect: str, model: str, request: Request) -> dict[str, Any]:
         "prompt": request.text,
         "max_tokens": request.tokens,
         "temperature": 0,
-        "stream": True,
     }
     if dialect == "transformers":
         # it refuses stream_options, and takes the end token only from here
@@ -38,42 +34,22 @@ def body(dialect: str, model: str, request: Request) -> dict[str, Any]:
     return asked | {"ignore_eos": True, "stream_options": {"include_usage": True}}
 
 
-def events(response: http.client.HTTPResponse) -> Any:
-    """Yield the JSON documents of an SSE response as they come."""
-    while line := response.readline():
-        if line.startswith(b"data: ") and b"[DONE]" not in line:
-            yield json.loads(line[6:])
-
-
 class Client:
     """Sends requests to one server; `one` may be called from any thread."""
 
     def __init__(self, url: str, model: str, dialect: str) -> None:
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+        self._server = Server(url)
         self._model, self._dialect = model, dialect
 
     def one(self, request: Request, answer: Answer) -> None:
-        """Raises RuntimeError for another status than 200, an error event, or too few tokens."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_S)
-        text = json.dumps(body(self._dialect, self._model, request))
+        """Raises NoAnswer for a refusal or an error event, RuntimeError for too few tokens."""
         usage: Mapping[str, Any] = {}
-        try:
-            connection.request(
-                "POST", "/v1/completions", text, {"Content-Type": "application/json"}
-            )
-            response = connection.getresponse()
-            if response.status != 200:
-                raise RuntimeError(f"status {response.status}: {response.read(500)!r}")
-            for event in events(response):
-                now = time.perf_counter()
-                if "error" in event:
-                    raise RuntimeError(str(event["error"]))
-                if any(choice.get("text") for choice in event.get("choices", ())):
-                    answer.times.append(now)
-                usage = event.get("usage") or usage
-        finally:
-            connection.close()
+        asked = body(self._dialect, self._model, request)
+        for event in self._server.stream("/completions", asked):
+            now = time.perf_counter()
+            if any(choice.get("text") for choice in event.get("choices", ())):
+                answer.times.append(now)
+            usage = event.get("usage") or usage
         answer.tokens = usage.get("completion_tokens", 0)
         answer.prompt_tokens = usage.get("prompt_tokens", 0)
         if answer.tokens != request.tokens:

@@ -20,12 +20,13 @@ from benchmarks import figures
 from benchmarks import results
 from benchmarks import settings
 from benchmarks import workload
-from benchmarks.figures import Answer
 from benchmarks.peers import PEERS
 from benchmarks.peers import Absent
 from benchmarks.settings import say
 from benchmarks.table import markdown
 from benchmarks.worker import Worker
+from service.cli import timing
+from service.cli.timing import Answer
 
 OURS = "moorage"
 LONG_PROMPT = 4096
@@ -233,8 +234,8 @@ def waits(
     alone_ms = statistics.median(answer.times[0] - answer.began for answer in alone) * 1e3
     loaded_ms = statistics.median(answer.times[0] - answer.began for answer in news) * 1e3
     step_ms = statistics.median(idle) * 1e3 if idle else None
-    idle_p95 = figures.percentile(idle, 0.95) * 1e3 if idle else None
-    during_p95 = figures.percentile(during, 0.95) * 1e3 if during else None
+    idle_p95 = timing.percentile(idle, 0.95) * 1e3 if idle else None
+    during_p95 = timing.percentile(during, 0.95) * 1e3 if during else None
     return {
         "first_alone_ms": alone_ms,
         "first_loaded_ms": loaded_ms,

@@ -6,50 +6,10 @@ Only the standard library: peers are measured by interpreters that have nothing 
 import statistics
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from itertools import pairwise
 from typing import Any
 
-
-@dataclass
-class Answer:
-    """What came of one request. began and times: seconds on one clock, of whoever measured.
-
-    times: one entry for each arrival, so several tokens may share one. tokens: of the answer.
-    """
-
-    began: float
-    times: list[float] = field(default_factory=list)
-    tokens: int = 0
-    prompt_tokens: int = 0
-    error: str | None = None
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> "Answer":
-        """Back from JSON."""
-        return cls(**document)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between neighbouring arrivals."""
-        return [b - a for a, b in pairwise(self.times)]
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share (0..1) of the values do not exceed.
-
-    Raises ValueError without values.
-    """
-    if not values:
-        raise ValueError("a percentile of nothing")
-    ordered = sorted(values)
-    return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
+from service.cli import timing
+from service.cli.timing import Answer
 
 
 def step_s(answers: Sequence[Answer]) -> float | None:
@@ -82,22 +42,8 @@ def summary(answers: Sequence[Answer]) -> dict[str, float | int | None]:
     silent = sum(not answer.times for answer in answers)
     if silent or not answers:
         raise RuntimeError(f"{silent} of {len(answers)} answers were empty")
-    seconds = max(a.times[-1] for a in answers) - min(a.began for a in answers)
-    tokens = sum(answer.tokens for answer in answers)
-    firsts = [(answer.times[0] - answer.began) * 1e3 for answer in answers]
-    gaps = [gap * 1e3 for answer in answers for gap in answer.gaps]
     step = step_s(answers)
-    return {
-        "rate": tokens / seconds,
-        "first_ms": statistics.median(firsts),
-        "first_p95_ms": percentile(firsts, 0.95),
-        "gap_ms": statistics.median(gaps) if gaps else None,
-        "gap_p95_ms": percentile(gaps, 0.95) if gaps else None,
-        "step_ms": None if step is None else step * 1e3,
-        "tokens": tokens,
-        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
-        "seconds": seconds,
-    }
+    return {**timing.figures(answers), "step_ms": None if step is None else step * 1e3}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

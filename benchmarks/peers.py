@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol
 
-from benchmarks.figures import Answer
-from benchmarks.loops import closed_loop
 from benchmarks.workload import Request
+from service.cli.timing import Answer
+from service.cli.timing import closed_loop
 
 # seconds until an engine that says nothing is given up
 SILENCE_S = 900.0

@@ -20,11 +20,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.figures import Answer
 from benchmarks.peers import Absent
 from benchmarks.worker import ROOT
 from benchmarks.worker import environment
 from benchmarks.workload import Request
+from service.cli.timing import Answer
 
 PAGE, BATCH_TOKENS = 256, 512
 START_S = 600.0

@@ -33,13 +33,18 @@ def least_and_most(text: str) -> tuple[int, int]:
 
 def add(parser: argparse.ArgumentParser, *, streams: str) -> None:
     """The shared options."""
-    cores = int(compute_environment(usable_cores())["OMP_NUM_THREADS"])
-    parser.add_argument("--model", default="smollm2-135m", help="as in moorage.yaml")
+    add_where(parser)
     parser.add_argument("--streams", type=whole_numbers, default=whole_numbers(streams))
     parser.add_argument("--runs", type=int, default=3, help="of everything, one after the other")
     parser.add_argument("--prompt", type=least_and_most, default=(64, 256), metavar="LEAST,MOST")
     parser.add_argument("--answer", type=least_and_most, default=(64, 128), metavar="LEAST,MOST")
     parser.add_argument("--least-requests", type=int, default=4, help="of a run with few streams")
+
+
+def add_where(parser: argparse.ArgumentParser) -> None:
+    """What is measured, on how many threads, and where the result goes."""
+    cores = int(compute_environment(usable_cores())["OMP_NUM_THREADS"])
+    parser.add_argument("--model", default="smollm2-135m", help="as in moorage.yaml")
     parser.add_argument("--threads", type=int, default=cores, help="that compute, of every engine")
     parser.add_argument("--json", type=Path, help="where the result is saved")
 

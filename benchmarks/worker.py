@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 from typing import TextIO
 
-from benchmarks.figures import Answer
 from benchmarks.loops import beside
 from benchmarks.peers import Absent
 from benchmarks.peers import make
 from benchmarks.workload import Request
+from service.cli.timing import Answer
 
 ROOT = Path(__file__).resolve().parents[1]
 

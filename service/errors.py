@@ -107,7 +107,7 @@ class Problem:
 
 
 class ConfigError(StartupError):
-    """The configuration is wrong; `problems` has every mistake found, not only the first."""
+    """A key, value, variable or flag is wrong; every mistake is listed, in `problems`."""
 
     code = "invalid_config"
     exit_status = 3
@@ -137,21 +137,21 @@ class DoesNotFit(StartupError):
 
 
 class ModelUnavailable(StartupError):
-    """The model's files are missing, unreadable or not allowed."""
+    """The model's files are missing, damaged or not allowed."""
 
     code = "model_unavailable"
     exit_status = 6
 
 
 class PluginError(StartupError):
-    """A strategy plugin could not be found, imported, registered, or broke its contract."""
+    """A strategy cannot be found or imported, or breaks its contract."""
 
     code = "plugin_error"
     exit_status = 7
 
 
 class LoadFailed(StartupError):
-    """The strategy's `load` raised, hung, or left something that is not a model."""
+    """`load` raised, hung or left no model, or another load poisoned the process."""
 
     code = "load_failed"
     exit_status = 1
@@ -165,9 +165,19 @@ class PlacementMismatch(StartupError):
 
 
 class ControlFailed(StartupError):
-    """A command for the running server did not reach it, or was refused; nothing has changed."""
+    """`moorage reload` did not reach the server, or was refused; nothing has changed."""
 
     code = "control_failed"
+
+
+class NoAnswer(StartupError):
+    """A server that `moorage bench` or `chat` asks is not there, refuses, or breaks off.
+
+    answered: the HTTP status of a refusal.
+    """
+
+    code = "no_answer"
+    answered: int | None = None
 
 
 # --- while serving: this request cannot be answered
@@ -198,13 +208,15 @@ class ContextTooLong(InvalidRequest):
 
 
 class Unauthorized(RequestError):
+    """No API key, or a wrong one."""
+
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
 
 
 class ForbiddenHost(RequestError):
-    """The Host header names something else than this machine: most likely DNS rebinding."""
+    """The `Host` header is no name of this machine: most likely DNS rebinding."""
 
     status = 403
     type = "permission_error"
@@ -212,33 +224,47 @@ class ForbiddenHost(RequestError):
 
 
 class UnknownModel(RequestError):
+    """`model` is not what is served."""
+
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
 
 
 class UnknownResponse(RequestError):
-    """A response by its id: none is kept."""
+    """A response was asked for by its id: none is stored."""
 
     status = 404
     type = "invalid_request_error"
     code = "response_not_found"
 
 
+class UnknownFile(RequestError):
+    """A page of this server has no such file."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
 class TooLarge(RequestError):
+    """The body exceeds `server.max_body`."""
+
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
 
 
 class UnsupportedMediaType(RequestError):
+    """The body is not `application/json`."""
+
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
 
 
 class ClientGone(RequestError):
-    """The client closed the connection before its answer was complete; nobody reads this."""
+    """The client left before its answer was complete; nobody reads this, the log does."""
 
     status = 499
     type = "invalid_request_error"
@@ -246,7 +272,7 @@ class ClientGone(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full; try again after `retry_after_s`."""
+    """The queue is full; try again after `retry_after_s`, which `Retry-After` says."""
 
     status = 429
     type = "rate_limit_error"
@@ -255,7 +281,7 @@ class Overloaded(RequestError):
 
 
 class RateLimited(RequestError):
-    """The limits of this API key are used up; try again after `retry_after_s`."""
+    """This API key's `server.key_limits` are used up; try again after `retry_after_s`."""
 
     status = 429
     type = "rate_limit_error"
@@ -276,7 +302,7 @@ class StepFailed(RequestError):
 
 
 class OutOfMemory(RequestError):
-    """The device had no memory for this sequence, even alone in its step."""
+    """The device had no memory for this sequence, even alone in its step; others go on."""
 
     status = 503
     code = "out_of_memory"
@@ -284,7 +310,7 @@ class OutOfMemory(RequestError):
 
 
 class NotReady(RequestError):
-    """No proven model yet, or no longer."""
+    """No proven model yet, or no longer; for a readiness probe also: a step hangs."""
 
     status = 503
     code = "not_ready"
@@ -300,7 +326,7 @@ class PlacementDrifted(RequestError):
 
 
 class EngineStopped(RequestError):
-    """The engine ended while the sequence was waiting or running."""
+    """The server stops, or the engine died, while the sequence was waiting or running."""
 
     status = 503
     code = "engine_stopped"
@@ -308,13 +334,15 @@ class EngineStopped(RequestError):
 
 
 class DeadlineExceeded(RequestError):
+    """It took longer than `server.request_timeout_s`, or than the request itself allowed."""
+
     status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
 
 
 class SentTooSlowly(RequestError):
-    """The body of the request did not arrive in time."""
+    """The body took longer than a minute, or stalled."""
 
     status = 408
     type = "timeout_error"
@@ -322,6 +350,8 @@ class SentTooSlowly(RequestError):
 
 
 class ReadTooSlowly(RequestError):
+    """The client left 4,096 tokens unread; its sequence was ended."""
+
     status = 408
     type = "timeout_error"
     code = "read_too_slowly"

@@ -1,6 +1,7 @@
 """What every test runs with."""
 
 import gc
+import importlib.util
 import os
 
 from service.config.compute_threads import compute_environment
@@ -9,6 +10,15 @@ from service.config.compute_threads import compute_environment
 # itself on two cores. Several test processes whose idle threads spin take twice as long.
 for name, value in compute_environment(2).items():
     os.environ.setdefault(name, value)
+
+# A machine that stalls is no property of what is tested. (tests/gpu run without hypothesis, too.)
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck
+    from hypothesis import settings
+
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("patient", deadline=None, suppress_health_check=slow)
+    settings.load_profile("patient")
 
 
 def pytest_collection_finish() -> None:

@@ -23,6 +23,7 @@ import typer
 
 from service.cli import options
 from service.cli import report
+from service.cli import terminal
 from service.config import reading
 from service.config.flags import Flags
 from service.config.schema import Config
@@ -66,7 +67,7 @@ def doctor(
     for finding in chain(asked, reproductions() if self_test else ()):
         findings.append(finding)
         if not as_json:
-            typer.echo(line(finding))
+            show(finding, terminal.columns())
     errors = sum(finding.level == "error" for finding in findings)
     warnings = sum(finding.level == "warn" for finding in findings)
     if as_json:
@@ -79,15 +80,39 @@ def doctor(
             }
         )
     else:
-        typer.echo(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}")
+        colour = "bold red" if errors else "bold yellow" if warnings else "bold green"
+        told = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+        terminal.say(told, ((".+", colour),))
     if errors:
         raise typer.Exit(5)
 
 
-def line(finding: Finding) -> str:
-    """ " ERROR text   fix: way out"."""
-    label = {"ok": " ok   ", "warn": " WARN ", "error": " ERROR"}[finding.level]
-    return f"{label} {finding.text}" + (f"   fix: {finding.fix}" if finding.fix else "")
+LABELS = {"ok": " ok   ", "warn": " WARN ", "error": " ERROR"}
+STYLES: terminal.Styles = (
+    ("^ ok ", "green"),
+    ("^ WARN ", "bold yellow"),
+    ("^ ERROR ", "bold red"),
+    (r"(^       |   )fix:", "bold"),
+)
+
+
+def show(finding: Finding, columns: int | None) -> None:
+    """On stdout."""
+    for line in lines(finding, columns):
+        terminal.say(line, STYLES)
+
+
+def lines(finding: Finding, columns: int | None) -> list[str]:
+    """ " ERROR text   fix: way out". On a terminal where that is too long, the fix has lines of its
+    own. columns: None for a pipe, which gets one line.
+    """
+    text = f"{LABELS[finding.level]} {finding.text}"
+    fix = f"fix: {finding.fix}" if finding.fix else ""
+    whole = f"{text}   {fix}" if fix else text
+    if columns is None or len(whole) <= columns:
+        return [whole]
+    below = terminal.fold(f"       {fix}", columns, 12) if fix else []
+    return [*terminal.fold(text, columns, 7), *below]
 
 
 def _count(number: int, what: str) -> str:

@@ -5,12 +5,15 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.cli import bench
 from service.cli import certify
+from service.cli import chat
 from service.cli import config
 from service.cli import doctor
 from service.cli import model
 from service.cli import plan
 from service.cli import plugins
+from service.cli import plugins_new
 from service.cli import reload
 from service.cli import serve
 
@@ -25,6 +28,9 @@ app.command()(reload.reload)
 app.command()(plan.plan)
 app.command()(certify.certify)
 app.command()(doctor.doctor)
+app.command()(bench.bench)
+app.command()(chat.chat)
+plugins.app.command()(plugins_new.new)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(config.app, name="config")
 app.add_typer(model.app, name="model")

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from service.cli import completing
 from service.cli import options
 from service.cli import report
 from service.config import reading
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from service.placement.registry import Registry
     from service.placement.registry import Strategy
 
-app = typer.Typer(no_args_is_help=True, help="The placement strategies: list, show, check.")
+TINY_MODEL = (
+    "A folder with a small model of your own, or one of our tiny ones by its architecture, such as "
+    "qwen3_moe. Default: a tiny Llama."
+)
+app = typer.Typer(no_args_is_help=True, help="The placement strategies: list, show, check, new.")
 
 
 @app.command("list")
@@ -34,7 +39,7 @@ def list_all(
     as_json: options.AsJson = False,
 ) -> None:
     """Every strategy that was found, built in, installed or in `strategy_dirs`."""
-    registry = _registry(config, deployment)
+    registry = registry_of(config, deployment)
     if as_json:
         report.print_json(
             {
@@ -54,13 +59,15 @@ def list_all(
 @app.command()
 @report.guard
 def show(
-    name: Annotated[str, typer.Argument(help="The strategy's name.")],
+    name: Annotated[
+        str, typer.Argument(help="The strategy's name.", autocompletion=completing.strategies)
+    ],
     config: options.Config = None,
     deployment: options.Deployment = None,
     as_json: options.AsJson = False,
 ) -> None:
     """One strategy: where it comes from, its options and its own defaults."""
-    registry = _registry(config, deployment)
+    registry = registry_of(config, deployment)
     if name in registry.broken:
         raise registry.broken[name]
     if name not in registry.strategies:
@@ -84,7 +91,16 @@ def show(
 @app.command()
 @report.guard
 def check(
-    name_or_file: Annotated[str, typer.Argument(help="The strategy's name, or its file.")],
+    name_or_file: Annotated[
+        str,
+        typer.Argument(
+            help="The strategy's name, or its file.", autocompletion=completing.strategies
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help=TINY_MODEL),
+    ] = None,
     config: options.Config = None,
     deployment: options.Deployment = None,
     settings: options.Set = None,
@@ -102,9 +118,9 @@ def check(
         dirs = loaded.deployment.strategy_dirs
         try:
             results = examining.examine(
-                name_or_file, Path(folder), strategy_dirs=dirs, settings=words
+                name_or_file, Path(folder), model=model, strategy_dirs=dirs, settings=words
             )
-        except case.UnknownStrategy as error:
+        except (case.UnknownStrategy, case.UnknownModel) as error:
             raise typer.BadParameter(str(error)) from None
     count = Counter(result.status for result in results)
     if as_json:
@@ -137,7 +153,7 @@ def _said(loaded: "Config") -> dict[str, Any]:
     return words
 
 
-def _registry(config: Any, deployment: str | None) -> "Registry":
+def registry_of(config: Any, deployment: str | None) -> "Registry":
     """The strategies as the selected deployment sees them."""
     from service.placement import registry
 

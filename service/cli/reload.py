@@ -1,5 +1,9 @@
 """`moorage reload`: the running server takes up its configuration as it is now."""
 
+import contextlib
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 from typing import Any
@@ -8,6 +12,7 @@ import typer
 
 from service.cli import options
 from service.cli import report
+from service.cli import terminal
 from service.config.environment import process_environment
 from service.config.reading import load_process
 from service.errors import ControlFailed
@@ -79,20 +84,30 @@ def reload(
         "force": force,
         "wait": not no_wait,
     }
-    for message in control_socket.ask(path, request):
-        if "progress" in message:
-            _show(message["progress"], as_json=as_json)
-        elif "error" in message:
+    with _progress(as_json=as_json) as tell:
+        result = _result(control_socket.ask(path, request), tell)
+    _end(result, as_json=as_json)
+
+
+def _progress(*, as_json: bool) -> contextlib.AbstractContextManager[Callable[[str, float], None]]:
+    return contextlib.nullcontext(lambda doing, share: None) if as_json else terminal.progress()
+
+
+def _result(
+    messages: Iterable[Mapping[str, Any]], tell: Callable[[str, float], None]
+) -> dict[str, Any]:
+    """The last message of the server, once what comes before has been told. Raises its error."""
+    doing, share = "asking the server", 0.0
+    for message in messages:
+        if "error" in message:
             raise _error(message)
-        else:
-            _end(message["result"], as_json=as_json)
-
-
-def _show(progress: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        return
-    doing = progress.get("doing")
-    typer.echo(doing if doing else f"  {progress.get('share', 0.0):.0%}", err=True)
+        if "result" in message:
+            result: dict[str, Any] = message["result"]
+            return result
+        progress = message["progress"]
+        doing, share = progress.get("doing") or doing, progress.get("share", share)
+        tell(doing, share)
+    raise ControlFailed("the server ended the conversation without a result")
 
 
 def _end(result: dict[str, Any], *, as_json: bool) -> None:
@@ -102,10 +117,10 @@ def _end(result: dict[str, Any], *, as_json: bool) -> None:
     given = {**result, "changed": ", ".join(result.get("changed", ()))}
     typer.echo(WAYS[result["way"]].format(**given))
     for warning in result.get("warnings", ()):
-        typer.echo(f"warning: {warning}", err=True)
+        terminal.say(f"warning: {warning}", report.STYLES, stderr=True)
 
 
-def _error(message: dict[str, Any]) -> ServiceError:
+def _error(message: Mapping[str, Any]) -> ServiceError:
     """The server's error, as if it were this command's."""
     told = message["error"]
     error = ServiceError(

@@ -114,8 +114,11 @@ def ask(path: Path, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     _check_length(path)
     if not os.path.lexists(path):
         raise _nobody(path)
-    _check_folder(path.parent)
-    _check_socket(path)
+    try:
+        _check_folder(path.parent)
+        _check_socket(path)
+    except FileNotFoundError:  # its server has just ended
+        raise _nobody(path) from None
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(PATIENCE_S)
         try:

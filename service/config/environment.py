@@ -10,6 +10,13 @@ def process_environment() -> Mapping[str, str]:
 
 
 def set_missing(variables: Mapping[str, str]) -> None:
-    """Set what the operator has not set. Nothing else writes os.environ."""
+    """Set what the operator has not set."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+
+
+def forbid_colours() -> None:
+    """For this process and those that it starts. Nothing but this and `set_missing` writes
+    os.environ.
+    """
+    os.environ["NO_COLOR"] = "1"

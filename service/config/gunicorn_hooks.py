@@ -15,11 +15,12 @@ deployment.on_death: Callable[[], None]
 deployment.on_reload: Callable[[Config], None]
     `moorage reload` has changed to this configuration; a fresh worker begins with it.
 
-All of them may be called from any thread. `deployment.start()` returns at once and raises nothing.
-`deployment.drain(seconds)` stops admitting, waits for what runs, ends what is left after `seconds`
-with an error event, and then returns. `deployment.obey(request)` yields the answers to a request
-on the control socket. While it waits it may be called again, from another thread
-and with fewer seconds: the operator became impatient, and the shorter time counts.
+All of them may be called from any thread. On a terminal a bar shows `deployment.doing` and
+`deployment.loading_share` while `deployment.state` says that it loads. `deployment.start()` returns
+at once and raises nothing. `deployment.drain(seconds)` stops admitting, waits for what runs, ends
+what is left after `seconds` with an error event, and then returns. `deployment.obey(request)`
+yields the answers to a request on the control socket. While it waits it may be called again, from
+another thread and with fewer seconds: the operator became impatient, and the shorter time counts.
 """
 
 import os
@@ -40,8 +41,10 @@ from service.config.compute_threads import compute_environment
 from service.config.compute_threads import usable_cores
 from service.config.environment import process_environment
 from service.config.environment import set_missing
+from service.config.gunicorn_log import bar_below
 from service.config.gunicorn_log import be_quiet
 from service.config.gunicorn_log import in_json
+from service.config.gunicorn_log import leave_room_for_bar
 from service.config.gunicorn_log import log_like_gunicorn
 from service.config.gunicorn_record import BootRecord
 from service.config.gunicorn_worker import Worker
@@ -50,6 +53,7 @@ from service.config.schema import Config
 from service.errors import ConfigError
 from service.errors import ControlFailed
 from service.errors import Problem
+from service.errors import ServiceError
 
 Announce = Callable[[Mapping[str, Any]], None]
 
@@ -108,6 +112,8 @@ class Hooks:
             be_quiet(server.log.error_log, self._record)
             if self._config.server.log_format == "json":
                 in_json(server.log.error_log)
+            else:
+                leave_room_for_bar(server.log.error_log)
             log_like_gunicorn(server.log.error_log)
         elif new > 1:
             server.log.warning(
@@ -176,8 +182,11 @@ class Hooks:
         """The app is built: load the model beside it, so that health answers meanwhile."""
         deployment = worker.wsgi.extensions["moorage"]
         address = str(worker.sockets[0])
+        bar = bar_below(worker.log.error_log, lambda: _progress(deployment))
 
         def on_ready(model_id: str) -> None:
+            if bar is not None:
+                bar.stop()
             worker.record.set_served()
             worker.log.info(
                 "%s", ready_line(self._config, model_id, address, embeds=deployment.embeds)
@@ -185,8 +194,13 @@ class Hooks:
             ready = {"address": address, "model": model_id, "pid": os.getppid()}
             self._announce({"ready": ready})
 
+        def on_failure(error: ServiceError) -> None:
+            if bar is not None:
+                bar.stop()
+            worker.fail(error)
+
         deployment.on_ready = on_ready
-        deployment.on_failure = worker.fail
+        deployment.on_failure = on_failure
         deployment.on_death = worker.die
         deployment.on_reload = lambda config: worker.record.keep(keeping.to_json(config))
         deployment.start()
@@ -218,6 +232,13 @@ class Hooks:
             worker.log.warning("`moorage reload` is not available: %s", error.one_line())
         else:
             worker.log.info("Control socket: %s", path)
+
+
+def _progress(deployment: Any) -> tuple[str, float] | None:
+    """What a bar shows; nothing once the server stops."""
+    if deployment.state not in ("planned", "loading", "validating"):
+        return None
+    return deployment.doing, deployment.loading_share
 
 
 def refuse_overrides(cfg: Any, threads: int) -> None:

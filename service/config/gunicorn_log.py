@@ -5,6 +5,10 @@ import json
 import logging
 from typing import Any
 
+from service.config.bar import CLEAR
+from service.config.bar import Bar
+from service.config.bar import Look
+from service.config.bar import takes_bars
 from service.config.gunicorn_record import BootRecord
 
 _BOOT = {
@@ -69,6 +73,46 @@ def in_json(log: logging.Logger) -> None:
     """Let every handler of gunicorn's error log write JSON."""
     for handler in log.handlers:
         handler.setFormatter(JsonLines())
+
+
+class AboveBar(logging.Formatter):
+    """The lines of another formatter, each wiping the bar that may be where it goes."""
+
+    def __init__(self, lines: logging.Formatter | None) -> None:
+        super().__init__()
+        self._lines = lines or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return CLEAR + self._lines.format(record)
+
+
+def leave_room_for_bar(log: logging.Logger) -> None:
+    """Before the fork: what is logged to a terminal, by whichever process, does not mix with a bar
+    there.
+    """
+    for handler in _on_terminals(log):
+        handler.setFormatter(AboveBar(handler.formatter))
+
+
+def bar_below(log: logging.Logger, look: Look) -> Bar | None:
+    """A bar on the terminal that this log goes to, instead of the lines that tell of progress
+    (those with an attribute `progress`). None if it goes to no terminal, or as JSON.
+    """
+    handlers = [h for h in _on_terminals(log) if isinstance(h.formatter, AboveBar)]
+    if not handlers:
+        return None
+    bar = Bar(handlers[0].stream, look)
+    for handler in handlers:
+        handler.addFilter(lambda line: not (bar.shown and hasattr(line, "progress")))
+    return bar
+
+
+def _on_terminals(log: logging.Logger) -> "list[logging.StreamHandler[Any]]":
+    return [
+        handler
+        for handler in log.handlers
+        if isinstance(handler, logging.StreamHandler) and takes_bars(handler.stream)
+    ]
 
 
 def log_like_gunicorn(log: logging.Logger) -> None:

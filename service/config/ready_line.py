@@ -16,26 +16,31 @@ def ready_line(
     `address` is what the server really listens on, as gunicorn prints it ("http://127.0.0.1:8000",
     "unix:/run/moorage.sock"); default: `server.bind`. embeds: the model gives embeddings.
     """
-    url, options = _reachable(address or config.server.bind)
-    path, asked = "/v1/embeddings", dict[str, Any](input="The sea is calm tonight.")
+    where = reachable(address or config.server.bind)
+    url, options = where, ""
+    if where.startswith("unix:"):
+        path = where.removeprefix("unix:")
+        url, options = "http://localhost", f"--unix-socket {shlex.quote(path)} "
+    endpoint, asked = "/v1/embeddings", dict[str, Any](input="The sea is calm tonight.")
     if not embeds:
         question = [{"role": "user", "content": "What is the capital of France?"}]
-        path, asked = "/v1/chat/completions", {"messages": question, "temperature": 0}
+        endpoint, asked = "/v1/chat/completions", {"messages": question, "temperature": 0}
     body = json.dumps({"model": model_id, **asked})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
     shown = url if not options else (address or config.server.bind)
     return (
-        f"Moorage is ready: {shown}  try: curl {options}{url}{path}{key}"
+        f"Moorage is ready: {shown}  try: curl {options}{url}{endpoint}{key}"
         f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
 
 
-def _reachable(address: str) -> tuple[str, str]:
-    """The URL for a client on this machine, and the options curl needs for it."""
+def reachable(address: str) -> str:
+    """The URL for a client on this machine, or unix:PATH. address: as `server.bind` has it, or as
+    gunicorn prints it.
+    """
     if address.startswith("unix:"):
-        path = address.removeprefix("unix:").removeprefix("//")
-        return "http://localhost", f"--unix-socket {shlex.quote(path)} "
+        return f"unix:{address.removeprefix('unix:').removeprefix('//')}"
     parts = urlsplit(address if "://" in address else f"http://{address}")
     host = parts.hostname or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"{parts.scheme}://{host}:{parts.port or 8000}", ""
+    return f"{parts.scheme}://{host}:{parts.port or 8000}"

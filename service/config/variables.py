@@ -18,6 +18,7 @@ OWN = {
     "MOORAGE_DEPLOYMENT": "Which block of `deployments` runs.",
     "MOORAGE_API_KEYS": "API keys, `KEY` or `NAME: KEY`, separated by commas. "
     "They win over `server.api_keys_file`.",
+    "MOORAGE_API_KEY": "The key that `moorage bench` and `moorage chat` send; else OPENAI_API_KEY.",
     "MOORAGE_CACHE": "Folder for fetched models. "
     "Default: `$XDG_CACHE_HOME/moorage`, else `~/.cache/moorage`.",
     "MOORAGE_DEBUG": "Any value: commands show the traceback of an unexpected error.",
@@ -96,6 +97,11 @@ def cache(env: Mapping[str, str]) -> tuple[Path, Origin]:
         return xdg / "moorage", Origin("env", "XDG_CACHE_HOME")
     home = given(env, "HOME")
     return (Path(home) if home else Path.home()) / ".cache" / "moorage", Origin("built-in")
+
+
+def client_key(env: Mapping[str, str]) -> str | None:
+    """The API key that this machine's clients send."""
+    return given(env, "MOORAGE_API_KEY") or given(env, "OPENAI_API_KEY")
 
 
 def _from_kubernetes(name: str, value: str) -> bool:

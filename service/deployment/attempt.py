@@ -50,7 +50,8 @@ def bring_up(status: Status, fail: Fail, died: Died) -> Serving:
     if any(step.fault is None for step in chain):
         from service.models.locate import locate
 
-        model = locate(config, lambda stage, share: status.advance(share * LOCATED))
+        model = locate(config, lambda stage, share: status.advance(share * LOCATED, stage))
+        status.advance(LOCATED)
     for position, step in enumerate(chain, 1):
         words = (model or config.deployment).model_copy(
             update={"strategy": step.name, **step.changes}

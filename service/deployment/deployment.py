@@ -73,6 +73,11 @@ class Deployment:
         return self.status.progress
 
     @property
+    def doing(self) -> str:
+        """What the load is at, for people: "loading smollm2-135m"."""
+        return self.status.doing
+
+    @property
     def error(self) -> ServiceError | None:
         """What ended the start or the serving."""
         return self.status.error
@@ -161,6 +166,7 @@ class Deployment:
             one.engine.drain(max(0.0, until - time.monotonic()))
         for one in leaving:
             one.engine.close()
+            one.uses.close()  # whoever watches whether it is idle has nothing to wait for
 
     def document(self) -> dict[str, Any]:
         """The body of GET /placement."""

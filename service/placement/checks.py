@@ -34,6 +34,9 @@ from service.placement.tensors import stored_on
 
 QUANTIZED_LINEARS = ("Linear4bit", "Linear8bitLt", "Int8Linear", "Int4Linear")
 
+# torchao leaves the layer as it is
+QUANTIZED_WEIGHTS = ("Int8Tensor",)
+
 CheckFunction = Callable[[Loaded, Mapping[str, Owner]], int]
 
 
@@ -359,16 +362,19 @@ def device_bytes(loaded: Loaded, owners: Mapping[str, Owner]) -> dict[str, int]:
 
 
 def quantized_linears(loaded: Loaded) -> dict[str, Any]:
+    """Linear layers by name that bitsandbytes or we have replaced, or whose weight is torchao's."""
     return {
         name: module
         for name, module in loaded.model.named_modules()
         if type(module).__name__ in QUANTIZED_LINEARS
+        or type(getattr(module, "weight", None)).__name__ in QUANTIZED_WEIGHTS
     }
 
 
 def _plain_linears(loaded: Loaded) -> list[str]:
+    quantized = quantized_linears(loaded)
     return [
         f"{name}.weight"
         for name, module in loaded.model.named_modules()
-        if type(module) is torch.nn.Linear
+        if type(module) is torch.nn.Linear and name not in quantized
     ]

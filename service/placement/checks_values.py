@@ -24,6 +24,7 @@ from service.placement import stored
 from service.placement.loading import Loaded
 from service.placement.tensors import Owner
 from service.placement.tensors import listed
+from service.placement.tensors import parts_of
 
 log = logging.getLogger("moorage.certificate")
 
@@ -246,6 +247,7 @@ def _plainly_stored(
             or name in loaded.placement.allows
             or info.shape != tuple(tensor.shape)
             or not tensor.numel()
+            or parts_of(tensor)[0] is not tensor
             or (info.dtype in FLOATS) != (tensor.dtype in _TORCH_FLOATS)
         ):
             continue

@@ -15,6 +15,7 @@ from service.errors import ServiceError
 from service.placement.hardware import Hardware
 from service.placement.plan import Placement
 from service.placement.plan import groups
+from service.placement.why import reason
 
 if TYPE_CHECKING:
     from service.placement.certificate import Certificate
@@ -93,7 +94,11 @@ def devices(
     hardware: Hardware | None,
     certificate: "Certificate | None" = None,
 ) -> list[dict[str, Any]]:
-    """The `devices` list of GET /placement; without a certificate nothing has been measured."""
+    """The `devices` list of GET /placement; without a certificate nothing has been measured.
+
+    modules: groups of neighbours, and `each` of them in order. reason: why they are there, said of
+    any of them.
+    """
     if placement is None or hardware is None:
         return []
     measured = _measured(certificate)
@@ -112,9 +117,16 @@ def devices(
         entry["measured"] = measured.get(device)
         entry["plan_error_bytes"] = certificate.plan_errors.get(device) if certificate else None
         entry["modules"] = [
-            {"name": group.name, "count": group.count, "bytes": group.bytes}
+            {
+                "name": group.name,
+                "count": group.count,
+                "bytes": group.bytes,
+                "each": [{"weights": unit.weights, "kv": unit.kv} for unit in group.units],
+            }
             for group in modules.get(device, [])
         ]
+        if planned is not None and entry["modules"]:
+            entry["reason"] = reason(device, hardware, placement)
         found.append(entry)
     return found
 

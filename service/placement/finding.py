@@ -89,7 +89,9 @@ def _home() -> Path:
 
 
 def _strategy_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.py") if not p.name.startswith("_"))
+    """Without what pytest keeps beside them."""
+    beside = ("_", "test_", "conftest.")
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith(beside))
 
 
 def _stem(path: Path) -> str:
@@ -97,8 +99,10 @@ def _stem(path: Path) -> str:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file that belongs to no package, under a name of its own, once per process."""
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    """Import a file that belongs to no package, under a name of its own, once per process and
+    content: a reload takes up what was edited.
+    """
+    digest = hashlib.sha256(bytes(path.resolve()) + b"\0" + path.read_bytes()).hexdigest()[:12]
     name = f"moorage_strategy_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]

@@ -5,7 +5,7 @@ Built from a skeleton on the meta device: shapes and dtypes without values. A 70
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
@@ -25,6 +25,7 @@ from service.models import folder
 from service.models import sentence_files
 from service.placement import activations
 from service.placement import architectures
+from service.placement import cutting
 from service.placement import guard
 from service.placement import kv
 from service.placement import raw_weights
@@ -34,15 +35,8 @@ from service.placement.kv_layers import latent_numbers
 from service.placement.kv_layers import layers_kv
 from service.placement.kv_layers import numbers_per_token
 from service.placement.plan import Unit
-from service.placement.tensors import nbytes
 
-# bitsandbytes: one absmax per block of 64 weights; double quantisation stores those as one byte
-# each and one float32 per 256 of them, plus the two code tables (16 and 256 float32) and an offset
-# per tensor
-BLOCK = 64
-NESTED_BLOCK = 256
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-TABLES = 16 * 4 + 256 * 4 + 4
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,17 @@ class Footprint:
 
 
 def measure(
-    config: ModelConfig, *, on_cpu: bool, native_bfloat16: bool, threads: int = 1
+    config: ModelConfig,
+    *,
+    on_cpu: bool,
+    native_bfloat16: bool,
+    threads: int = 1,
+    apart: Collection[str] = (),
 ) -> Footprint:
     """The footprint of the configured model; `on_cpu` and `native_bfloat16` decide the dtype.
 
     on_cpu: layers execute on the CPU, by that many threads; else on CUDA, offloaded ones too.
+    apart: modules that are to be units of their own, see `cutting.units`.
 
     Reads config.json, and of an embedding model what sentence-transformers wrote beside it. Raises
     ModelUnavailable for a config that is of no language model or that transformers cannot read.
@@ -107,7 +107,12 @@ def measure(
     hf_config = read_config(config)
     if architectures.embeds(hf_config, config):
         return _embedding(
-            config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16, threads=threads
+            config,
+            hf_config,
+            on_cpu=on_cpu,
+            native_bfloat16=native_bfloat16,
+            threads=threads,
+            apart=apart,
         )
     dtype = resolve_dtype(config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16)
     model = skeleton(config, hf_config, dtype)
@@ -129,7 +134,8 @@ def measure(
     plain = architectures.plain_path(hf_config)
     tokens = kv_budget(config, context)
     per_layer = _kv(kept, tokens, context, config.max_sequences, dtype.itemsize, on_cuda=not on_cpu)
-    units = tuple(_units(model, config, converted, dict(zip(layers, per_layer, strict=True))))
+    layer_kv = dict(zip(layers, per_layer, strict=True))
+    units = tuple(cutting.units(model, config.quantize, converted, layer_kv, apart))
     latent = latent_numbers(text)
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -161,7 +167,13 @@ def measure(
 
 
 def _embedding(
-    config: ModelConfig, hf_config: Any, *, on_cpu: bool, native_bfloat16: bool, threads: int
+    config: ModelConfig,
+    hf_config: Any,
+    *,
+    on_cpu: bool,
+    native_bfloat16: bool,
+    threads: int,
+    apart: Collection[str],
 ) -> Footprint:
     """Of a model that gives embeddings: nothing is kept of a text once it is through."""
     dtype = resolve_dtype(config, hf_config, on_cpu=on_cpu, native_bfloat16=native_bfloat16)
@@ -179,7 +191,7 @@ def _embedding(
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
-        units=tuple(_units(model, config, converted, {})),
+        units=tuple(cutting.units(model, config.quantize, converted, {}, apart)),
         ties=_ties(model),
         quantized=len(converted),
         kv_bytes_per_token=0,
@@ -313,67 +325,6 @@ def _converted(config: ModelConfig, model: Any, keep: tuple[str, ...]) -> Mappin
         if (type(module) is nn.Linear or isinstance(module, transformers.pytorch_utils.Conv1D))
         and should_convert_module(name, skip)
     }
-
-
-def quantized_bytes(elements: int, rows: int, quantize: str) -> int:
-    """Bytes of one quantised weight with its scales.
-
-    nf4 and fp4: two weights a byte, absmax per block of 64 quantised again (bitsandbytes,
-    `functional.quantize_4bit`, compress_statistics). int8: one byte a weight, a float32 per row
-    (`Int8Params.SCB`).
-    """
-    if quantize == "int8":
-        return elements + 4 * rows
-    blocks = math.ceil(elements / BLOCK)
-    return math.ceil(elements / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + TABLES
-
-
-def _units(
-    model: Any, config: ModelConfig, converted: Mapping[str, nn.Module], layers: Mapping[str, int]
-) -> Iterator[Unit]:
-    """Cut the model at its no-split modules, in order, loose tensors included.
-
-    layers: decoder layer's name -> bytes of KV.
-    """
-    whole = set(model._no_split_modules or ())
-    seen: set[int] = set()
-
-    def size(name: str, module: nn.Module, *, recurse: bool) -> int:
-        total = 0
-        for key, tensor in (
-            *module.named_parameters(recurse=recurse),
-            *module.named_buffers(recurse=recurse),
-        ):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            path = f"{name}.{key}" if name else key
-            owner, _, leaf = path.rpartition(".")
-            linear = converted.get(owner) if leaf == "weight" else None
-            if linear is None:
-                total += nbytes(tensor)
-            else:
-                rows = getattr(linear, "out_features", tensor.shape[-1])
-                total += quantized_bytes(tensor.numel(), rows, config.quantize)
-        return total
-
-    def cut(name: str, module: nn.Module) -> Iterator[Unit]:
-        children = list(module.named_children())
-        if name and (name in layers or type(module).__name__ in whole or not children):
-            if any(True for _ in (*module.parameters(), *module.buffers())):
-                yield Unit(name, size(name, module, recurse=True), layers.get(name, 0))
-            return
-        for key, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield Unit(f"{name}.{key}" if name else key, nbytes(tensor))
-        for key, child in children:
-            yield from cut(f"{name}.{key}" if name else key, child)
-
-    return cut("", model)
 
 
 def _layers(model: Any, count: int) -> Mapping[str, nn.Module]:

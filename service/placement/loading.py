@@ -28,6 +28,7 @@ from service.errors import ServiceError
 from service.placement import finding
 from service.placement import guard
 from service.placement import heads
+from service.placement import split_layers
 from service.placement.plan import Placement
 from service.placement.tensors import listed
 
@@ -107,6 +108,7 @@ def load(
         model = None  # the traceback holds this frame
         raise
     model.eval()
+    split_layers.join(model, placement.load_kwargs.get("device_map"))
     _lay_out_inputs(model)
     notes += heads.note(keys, spare)
     seconds = time.monotonic() - started

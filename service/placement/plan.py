@@ -77,11 +77,19 @@ class Placement:
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """Neighbours on one device: "model.layers.0-39", how many, bytes of weights."""
+    """Neighbours on one device: "model.layers.0-39", and each of them in the model's order."""
 
     name: str
-    count: int
-    bytes: int
+    units: tuple[Unit, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.units)
+
+    @property
+    def bytes(self) -> int:
+        """Of weights."""
+        return sum(unit.weights for unit in self.units)
 
 
 def groups(placement: Placement) -> dict[str, list[ModuleGroup]]:
@@ -95,20 +103,42 @@ def groups(placement: Placement) -> dict[str, list[ModuleGroup]]:
 
 
 def runs(units: Iterable[Unit]) -> list[ModuleGroup]:
-    """Units with runs of numbered neighbours written as one."""
+    """Units with runs of numbered neighbours written as one, "model.layers.0-39", also where layers
+    are cut open: "model.layers.0-39.mlp.experts".
+    """
     found: list[list[Unit]] = []
+    running: dict[tuple[str, str], list[Unit]] = {}
     for unit in units:
-        if found and _follows(found[-1][-1].name, unit.name):
-            found[-1].append(unit)
-        else:
-            found.append([unit])
+        before, number, after = _numbered(unit.name)
+        run = running.get((before, after))
+        if run is not None and number == (_numbered(run[-1].name)[1] or 0) + 1:
+            run.append(unit)
+            continue
+        found.append([unit])
+        if number is not None:
+            running[before, after] = found[-1]
     return [_group(run) for run in found]
 
 
 def _group(run: list[Unit]) -> ModuleGroup:
-    first, end = run[0].name, run[-1].name.rpartition(".")[2]
-    name = first if len(run) == 1 else f"{first}-{end}"
-    return ModuleGroup(name, len(run), sum(unit.weights for unit in run))
+    before, first, after = _numbered(run[0].name)
+    last = _numbered(run[-1].name)[1]
+    name = run[0].name if len(run) == 1 else f"{before}{first}-{last}{after}"
+    return ModuleGroup(name, tuple(run))
+
+
+def _numbered(name: str) -> tuple[str, int | None, str]:
+    """A name about its last number: ("model.layers.", 3, ".mlp"); (name, None, "") without one."""
+    parts = name.split(".")
+    for place in range(len(parts) - 1, -1, -1):
+        if parts[place].isdigit():
+            before, after = parts[:place], parts[place + 1 :]
+            return (
+                "".join(f"{p}." for p in before),
+                int(parts[place]),
+                "".join(f".{p}" for p in after),
+            )
+    return name, None, ""
 
 
 def device_of(name: str, module_map: Mapping[str, str]) -> str | None:
@@ -121,8 +151,3 @@ def device_of(name: str, module_map: Mapping[str, str]) -> str | None:
             return None
         name = name.rpartition(".")[0]
     return module_map[name]
-
-
-def _follows(before: str, after: str) -> bool:
-    (list_a, _, a), (list_b, _, b) = before.rpartition("."), after.rpartition(".")
-    return list_a == list_b and a.isdigit() and b.isdigit() and int(b) == int(a) + 1

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,9 +76,10 @@ def mapped(config: ModelConfig, hardware: Hardware, module_map: Mapping[str, str
     """The model where a map of yours says: for strategies with a placement of their own.
 
     module_map: module name -> "cuda:N", "cpu" or "disk"; a module without an entry is where its
-    nearest parent is, "" is the whole model. Names are those of `units`, or their parents; a tied
-    head follows its embedding. On a machine with cards, what is mapped to "cpu" only rests there
-    and runs on the first card of the map, as what is mapped to "disk" does.
+    nearest parent is, "" is the whole model. Names are those of `modules`; one inside a layer
+    splits it, and what it computes comes back to the layer's device. A tied head follows its
+    embedding. On a machine with cards, what is mapped to "cpu" only rests there and runs on the
+    first card of the map, as what is mapped to "disk" does.
     Raises PlacementMismatch (F10) for a name that the model does not have or a module without an
     entry, PlacementUnavailable (F19), DoesNotFit (F20) for the device that is too small.
     """
@@ -87,7 +89,7 @@ def mapped(config: ModelConfig, hardware: Hardware, module_map: Mapping[str, str
     names = cards or ["cpu"]
     room = budgets(config, hardware, list(dict.fromkeys((*names, *wanted))))
     room["disk"] = _disk(config, hardware)
-    footprint = _measure(config, hardware, names[0])
+    footprint = _measure(config, hardware, names[0], apart=module_map)
     made = _placed(config, footprint, names, _expand(footprint, module_map))
     for device, memory in made.memory.items():
         if memory.total > room[device]:
@@ -101,8 +103,18 @@ def mapped(config: ModelConfig, hardware: Hardware, module_map: Mapping[str, str
     return made
 
 
+def modules(config: ModelConfig) -> tuple[str, ...]:
+    """The name of every module of the model, in its order: what a map can name."""
+    from service.placement import footprint
+
+    hf_config = footprint.read_config(config)
+    dtype = footprint.resolve_dtype(config, hf_config, on_cpu=True, native_bfloat16=True)
+    model = footprint.skeleton(config, hf_config, dtype)
+    return tuple(name for name, _ in model.named_modules() if name)
+
+
 def units(config: ModelConfig, hardware: Hardware) -> tuple[Unit, ...]:
-    """The parts of the model that can be placed, in its order: what a map can name.
+    """The parts of the model that are placed as a whole, in its order, with their bytes.
 
     Layers are the units with KV.
     """
@@ -301,12 +313,18 @@ def budgets(config: ModelConfig, hardware: Hardware, devices: list[str]) -> dict
     return room
 
 
-def _measure(config: ModelConfig, hardware: Hardware, device: str) -> Any:
+def _measure(
+    config: ModelConfig, hardware: Hardware, device: str, apart: Collection[str] = ()
+) -> Any:
     from service.placement import footprint
 
     cpu = hardware.cpu
     return footprint.measure(
-        config, on_cpu=device == "cpu", native_bfloat16=cpu.bfloat16, threads=cpu.cores
+        config,
+        on_cpu=device == "cpu",
+        native_bfloat16=cpu.bfloat16,
+        threads=cpu.cores,
+        apart=apart,
     )
 
 

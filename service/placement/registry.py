@@ -157,6 +157,8 @@ def build(strategy_dirs: Sequence[Path] = (), files: Sequence[Path] = ()) -> Reg
         name, plugin, error = _examine(found)
         same = sources.setdefault(name, [])
         same.append(found.source)
+        if error is None and name in accepted and _one_file(plugin, accepted[name][1]):
+            continue  # found twice: installed from its own folder, and named as a file
         if len(same) > 1:
             accepted.pop(name, None)
             broken[name] = PluginError(
@@ -189,6 +191,12 @@ def build(strategy_dirs: Sequence[Path] = (), files: Sequence[Path] = ()) -> Reg
         )
     manager.closed = True
     return Registry(strategies, broken, sources)
+
+
+def _one_file(one: object, other: object) -> bool:
+    """Whether two plugins are modules that came from the same file."""
+    files = [getattr(plugin, "__file__", None) for plugin in (one, other)]
+    return None not in files and files[0] == files[1]
 
 
 def _examine(found: finding.Found) -> tuple[str, object, PluginError | None]:

@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.hooks import SequentialHook
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,32 @@ def scales_of(module: Any) -> list[torch.Tensor]:
 
 
 def own_scales(module: Any) -> list[torch.Tensor]:
-    """The scales of an int8 or int4 linear of our own, which are among its parameters."""
+    """The scales of an int8 or int4 linear of our own, which are among its parameters, or of a
+    torchao weight, which are a part of it.
+    """
     scale = getattr(module, "scale", None)
+    if scale is None:
+        scale = getattr(module.weight, "scale", None)
     return [scale] if isinstance(scale, torch.Tensor) else []
 
 
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that one is made of: torchao's weights have numbers and their scales. Else [it].
+
+    https://docs.pytorch.org/docs/stable/notes/extending.html, wrapper subclasses.
+    """
+    whole: Any = tensor
+    if not is_traceable_wrapper_subclass(whole):
+        return [tensor]
+    names, _ = whole.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(whole, name))]
+
+
 def nbytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements, also on meta; of an opaque one, all it takes."""
+    """Bytes of a tensor's elements, also on meta; of an opaque or composed one, all it takes."""
+    parts = parts_of(tensor)
+    if parts[0] is not tensor:
+        return sum(nbytes(part) for part in parts)
     if tensor.is_mkldnn:
         size: int = torch.ops.mkldnn._nbytes(tensor)
         return size

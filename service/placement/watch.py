@@ -31,6 +31,7 @@ from torch import nn
 from service.errors import PlacementDrifted
 from service.placement.tensors import listed
 from service.placement.tensors import offload_owners
+from service.placement.tensors import parts_of
 from service.placement.tensors import stored_on
 
 # how many tensors one look reads numbers of, and how many numbers; the next look reads on
@@ -169,7 +170,12 @@ def not_finite(
         first = turn * most % len(names)
         names = (names + names)[first : first + most]
     wanted = set(names)
-    tensors = {name: tensor for name, tensor, _ in _walk(model) if name in wanted}
+    # of a weight that is made of others, those with fractions: the scales
+    tensors = {
+        name: next((part for part in parts_of(tensor) if part.dtype in _CHECKABLE), tensor)
+        for name, tensor, _ in _walk(model)
+        if name in wanted
+    }
     tensors |= _resting_in_ram(model, wanted)
     groups: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
     with torch.no_grad():
@@ -307,9 +313,10 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def _seen(tensor: torch.Tensor) -> Seen:
+    first = parts_of(tensor)[0]
     try:
-        opaque = tensor.is_mkldnn
-        address = torch.ops.mkldnn.data_ptr(tensor) if opaque else tensor.data_ptr()
+        opaque = first.is_mkldnn
+        address = torch.ops.mkldnn.data_ptr(first) if opaque else first.data_ptr()
     except RuntimeError:  # a tensor that only wraps others has no storage of its own
         address = 0
     dtype = str(tensor.dtype).removeprefix("torch.")

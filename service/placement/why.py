@@ -7,6 +7,7 @@ from service.config.schema import ModelConfig
 from service.config.suggesting import did_you_mean
 from service.errors import StartupError
 from service.placement.hardware import Hardware
+from service.placement.plan import DeviceMemory
 from service.placement.plan import Placement
 from service.placement.plan import Unit
 from service.placement.plan import device_of
@@ -42,7 +43,7 @@ def explain_module(
     ]
     if not unit.weights and not unit.kv:
         facts = [f"{unit.name} has no bytes of its own: it shares a tensor"]
-    facts.append(_reason(unit, device, hardware, placement))
+    facts.append(reason(device, hardware, placement))
     moves = tuple(_moves(unit, device, config, strategy, hardware))
     return Reason(unit, device, tuple(facts), moves)
 
@@ -52,31 +53,43 @@ def _unit(name: str, placement: Placement) -> Unit:
         if unit.name == name or name.startswith(f"{unit.name}."):
             return unit
     names = [unit.name for unit in placement.units]
+    parts = [inside for inside in names if inside.startswith(f"{name}.")]
+    if parts:
+        raise ValueError(f"{name} is placed in parts; ask for one of {', '.join(parts[:6])}")
     raise ValueError(f"the model has no module {name}{did_you_mean(name, names)}")
 
 
-def _reason(unit: Unit, device: str, hardware: Hardware, placement: Placement) -> str:
-    """Why here: alone, next in order, tied, or offloaded."""
+def reason(device: str, hardware: Hardware, placement: Placement) -> str:
+    """Why a module is on this device, after its name: alone, next in order, or offloaded.
+
+    Says of the room only what is so in this plan: a strategy may cut by other rules than ours.
+    """
     compute = [d for d in placement.devices if _runs(d, placement)]
+    if not compute:
+        return f"it is on {device} because the strategy says so"
+    lefts = [_left(one, hardware, placement) for one in compute]
+    largest = max((unit.weights + unit.kv for unit in placement.units), default=0)
     if not _runs(device, placement):
-        return (
-            f"it rests on {device} because {' and '.join(compute)} are full with the KV cache "
-            f"reserved first; it runs on {placement.main_device}"
-        )
+        full = max(lefts) < largest
+        because = f"{' and '.join(compute)} are full with the KV cache reserved first"
+        why = because if full else "the strategy puts it there"
+        return f"it rests on {device} because {why}; it runs on {placement.main_device}"
     if len(compute) < 2:
         return f"it is on {device} because nothing else computes in this plan"
     here = [u for u in placement.units if device_of(u.name, placement.module_map) == device]
     left = _left(device, hardware, placement)
     first, last = here[0].name, here[-1].name
-    return (
-        f"it is on {device} with {len(here)} neighbours from {first} to {last}, cut so that the "
-        f"room left is even: {in_words(left)} on {device}"
-    )
+    # two neighbouring cuts are each at most one unit off
+    even = max(lefts) - min(lefts) <= 2 * largest
+    cut = "cut so that the room left is even" if even else "as the strategy cuts it; room left"
+    where = f"it is on {device} with {len(here)} neighbours from {first} to {last}"
+    return f"{where}, {cut}: {in_words(left)} on {device}"
 
 
 def _runs(device: str, placement: Placement) -> bool:
     """Whether a device computes, rather than only stores offloaded weights."""
-    return device == placement.main_device or placement.memory[device].kv > 0
+    planned = placement.memory.get(device, DeviceMemory())
+    return device == placement.main_device or planned.kv > 0
 
 
 def _left(device: str, hardware: Hardware, placement: Placement) -> int:

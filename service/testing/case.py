@@ -43,6 +43,10 @@ class UnknownStrategy(LookupError):
     """There is no strategy of that name, and no such file."""
 
 
+class UnknownModel(LookupError):
+    """There is no such folder with a model, and no tiny model of that architecture."""
+
+
 class NotRun(Exception):
     """A check cannot be run here; the text says why."""
 
@@ -62,6 +66,34 @@ def find(name_or_file: str, strategy_dirs: Sequence[Path] = ()) -> Strategy:
         return _named(path.stem.replace("_", "-"), registry.build())
     found = registry.build(files=[path])
     return _named(next(n for n, where in found.sources.items() if str(path) in where), found)
+
+
+def small_model(folder_or_architecture: str, workspace: Path) -> Path:
+    """The folder of that model; one of ours, in float32, is written into `workspace`.
+
+    Raises UnknownModel.
+    """
+    folder = Path(folder_or_architecture)
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    from service.placement import guard
+    from service.placement import loading
+    from service.testing import tiny
+
+    known = (*tiny.ARCHITECTURES, *tiny.MIXTURES)
+    if folder_or_architecture not in known:
+        maybe = did_you_mean(folder_or_architecture, known)
+        raise UnknownModel(
+            f"{folder_or_architecture} is no folder with a config.json, and no tiny model{maybe}; "
+            f"there is {', '.join(known)}"
+        )
+    with guard.LOAD_LOCK, loading.observed(lambda share: None):  # without its progress bar
+        return tiny.save_tiny(
+            workspace / "model",
+            folder_or_architecture,
+            layers=LAYERS,
+            initializer_range=INITIALIZER_RANGE,
+        )
 
 
 def _named(name: str, found: registry.Registry) -> Strategy:
@@ -109,14 +141,7 @@ class Case:
         """The model's files: a tiny Llama in float32 unless the author gave his own."""
         if self._model is not None:
             return self._model
-        from service.placement import guard
-        from service.placement import loading
-        from service.testing.tiny import save_tiny
-
-        with guard.LOAD_LOCK, loading.observed(lambda share: None):  # without its progress bar
-            return save_tiny(
-                self.workspace / "model", layers=LAYERS, initializer_range=INITIALIZER_RANGE
-            )
+        return small_model("llama", self.workspace)
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -180,8 +205,8 @@ class Case:
             return self.strategy.plan(self.config, self.hardware)
         except (PlacementUnavailable, DoesNotFit) as error:
             raise NotRun(f"not on this machine: {error.message}") from None
-        except ServiceError as error:
-            raise NotRun(f"plan fails: {error.message}") from None
+        except ServiceError:
+            raise NotRun("plan fails: see plan-reads-no-weights") from None
 
     def load(self) -> "Loaded":
         """Load the model anew, as the service does. Raises what `loading.load` raises, NotRun."""

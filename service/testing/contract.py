@@ -49,6 +49,7 @@ ALIKE = {
     "float16": 0.99,
     "Linear8bitLt": 0.98,
     "Int8Linear": 0.98,
+    "Int8Tensor": 0.98,  # torchao's
     "Linear4bit": 0.9,
     "Int4Linear": 0.9,
 }
@@ -313,6 +314,7 @@ def forward_equals_reference(case: Case) -> str:
     # by way of Python's numbers, which is from any device
     found = torch.tensor(logits.tolist())
     kinds = {type(module).__name__ for module in loaded.model.modules()}
+    kinds |= {type(weight).__name__ for weight in loaded.model.parameters()}
     formats = [*kinds, str(logits.dtype).removeprefix("torch.")]
     least = min((ALIKE[kind] for kind in formats if kind in ALIKE), default=None)
     if least is None:
@@ -333,7 +335,7 @@ def is_certified(case: Case) -> str:
     issued = certificate.certify(case.loaded())
     failure = issued.failure()
     if failure is not None:
-        raise PluginError(_said(case, f"no certificate: {failure.message}"), hint=failure.hint)
+        raise PluginError(said(case, f"no certificate: {failure.message}"), hint=failure.hint)
     return f"{len(issued.checks)} checks"
 
 
@@ -393,12 +395,12 @@ def _whole(case: Case) -> loading.Loaded:
 
 def _broken(case: Case, hook: str, text: str, *, hint: str | None = None) -> PluginError:
     """The error of a check, with the hook's place if no line of the author's is named yet."""
-    text = _said(case, text)
+    text = said(case, text)
     named = Path(case.strategy.source).name + ":"
     return PluginError(text if named in text else f"{text} ({case.at(hook)})", hint=hint)
 
 
-def _said(case: Case, text: str) -> str:
+def said(case: Case, text: str) -> str:
     """A message without the strategy's name and file, which head the report already."""
     name, source = case.strategy.name, case.strategy.source
     return text.replace(f"strategy {name}: ", "").replace(f" ({source})", "")

@@ -14,7 +14,9 @@ from service.placement import finding
 from service.testing.case import Case
 from service.testing.case import NotRun
 from service.testing.case import find
+from service.testing.case import small_model
 from service.testing.contract import CHECKS
+from service.testing.contract import said
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,21 @@ def examine(
     name_or_file: str,
     workspace: Path,
     *,
+    model: str | None = None,
     strategy_dirs: Sequence[Path] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> list[Result]:
     """Every check of the strategy of that name or in that file; a broken one fails the first.
 
-    workspace, settings: see Case. Raises UnknownStrategy.
+    workspace, settings: see Case. model: a folder, or an architecture of which a tiny model is
+    made, else a tiny Llama. Raises UnknownStrategy, UnknownModel.
     """
     try:
         strategy = find(name_or_file, strategy_dirs)
     except PluginError as error:
         return [Result("is-a-strategy", "fail", error.one_line())]
-    return list(run(Case(strategy, workspace, settings=settings)))
+    folder = None if model is None else small_model(model, workspace)
+    return list(run(Case(strategy, workspace, model=folder, settings=settings)))
 
 
 def run(case: Case) -> Iterator[Result]:
@@ -52,7 +57,7 @@ def run(case: Case) -> Iterator[Result]:
         except NotRun as reason:
             yield Result(name, "skip", str(reason))
         except ServiceError as error:
-            yield Result(name, "fail", error.one_line())
+            yield Result(name, "fail", said(case, error.one_line()))
         except Exception as error:  # a plugin's model may raise anything when it is looked at
             yield Result(name, "fail", f"raised {finding.describe(error)}")
     case.drop()

@@ -1,13 +1,14 @@
 """Invented machines: a plan takes the hardware as an argument, so it can be tested anywhere.
 
-Sizes are in bytes, all of it free. Those of cards are what a model may use: what CUDA's libraries
-take of every card comes on top.
+Sizes are in bytes, all of it free. They are what a model may use: what CUDA's libraries take of
+every card, and oneDNN of a machine without one, comes on top.
 """
 
-from service.placement.hardware import GIB
+from service.placement.hardware import GIB as GIB
 from service.placement.hardware import Cpu
 from service.placement.hardware import Gpu
 from service.placement.hardware import Hardware
+from service.placement.overhead import CPU_KERNELS
 from service.placement.overhead import FIXED
 
 MIB = 2**20
@@ -15,6 +16,7 @@ MIB = 2**20
 
 def ram(size: int, *, disk: int = 1024 * GIB) -> Hardware:
     """A machine without a GPU."""
+    size += CPU_KERNELS
     return Hardware(Cpu(size, size, bfloat16=True), (), disk)
 
 

@@ -21,6 +21,7 @@ from service.errors import PluginError
 from service.errors import ServiceError
 from service.placement import footprint
 from service.placement import registry
+from service.placement import split_layers
 from service.placement import traced
 from service.placement.inputs import input_device
 from service.placement.inputs import place
@@ -172,9 +173,11 @@ def _dispatched(model: Any, device_map: Mapping[str, Any]) -> Any:
     # there is nothing to write to a disk; in RAM the hooks are the same
     kept = {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
     try:
-        return dispatch_model(
+        dispatched = dispatch_model(
             model, device_map=kept, skip_keys=getattr(model, "_skip_keys_device_placement", None)
         )
+        split_layers.join(dispatched, kept)  # as `loading.load` does
+        return dispatched
     except ValueError as error:  # accelerate's words for a map that does not cover the model
         raise PlacementMismatch(
             f"accelerate refuses the map: {' '.join(str(error).split())[:300]} (F10)",
@@ -252,8 +255,9 @@ def _kv(cache: Any, names: Iterable[str]) -> dict[str, str]:
     layers = getattr(cache, "layers", None) or []
     found = {}
     for name in names:
-        number = name.rpartition(".")[2]
-        keys = getattr(layers[int(number)], "keys", None) if int(number) < len(layers) else None
+        # a layer that is cut open has its KV with its attention: model.layers.3.self_attn
+        number = next((int(part) for part in name.split(".") if part.isdigit()), len(layers))
+        keys = getattr(layers[number], "keys", None) if number < len(layers) else None
         if isinstance(keys, torch.Tensor):
             found[name] = str(keys.device)
     return found

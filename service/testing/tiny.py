@@ -59,6 +59,17 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 ARCHITECTURES = tuple(_SPECIAL)
+# of four experts, two for each token
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_GROUPED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": HIDDEN,
+    },
+}
+MIXTURES = tuple(_EXPERTS)
 
 
 def tiny_config(
@@ -66,8 +77,8 @@ def tiny_config(
 ) -> PreTrainedConfig:
     """Configuration of a tiny model: hidden size 64, 4 heads, 258 tokens, context 512.
 
-    arch: one of ARCHITECTURES (transformers' `model_type`). tie: whether lm_head shares the
-    embedding; None leaves it to the architecture. changes: further keys of the configuration.
+    arch: one of ARCHITECTURES or MIXTURES (transformers' `model_type`). tie: whether lm_head shares
+    the embedding; None leaves it to the architecture. changes: further keys of the configuration.
     """
     keys: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -85,7 +96,8 @@ def tiny_config(
         keys["intermediate_size"] = 2 * HIDDEN
     if tie is not None:
         keys["tie_word_embeddings"] = tie
-    return CONFIG_MAPPING[arch](**{**keys, **_SPECIAL[arch], **changes})
+    special = {**_SPECIAL, **_EXPERTS}[arch]
+    return CONFIG_MAPPING[arch](**{**keys, **special, **changes})
 
 
 def tiny_model(

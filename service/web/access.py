@@ -16,7 +16,9 @@ from service.errors import ServiceError
 
 LOG = logging.getLogger("moorage.access")
 # Probes ask every few seconds: these are logged at level debug.
-QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+QUIET_ROUTES = frozenset(
+    {"/health", "/health/live", "/health/ready", "/metrics", "/placement", "/page/<name>"}
+)
 METHOD = re.compile(r"[A-Z]{1,10}")
 NOT_ACCEPTED = "client_closed_request"
 

@@ -27,7 +27,9 @@ class Error(TypedDict):
     error: ErrorObject
 
 
-State = Literal["planned", "loading", "validating", "ready", "degraded", "draining", "failed"]
+State = Literal[
+    "planned", "loading", "validating", "ready", "idle", "degraded", "draining", "failed"
+]
 
 
 class NotReadyError(TypedDict):
@@ -61,6 +63,7 @@ class Placement(TypedDict):
     strategy: NotRequired[dict[str, Any]]
     origin: NotRequired[dict[str, Any]]
     kv: NotRequired[dict[str, Any]]
+    activity: NotRequired[dict[str, int] | None]
     engine: NotRequired[dict[str, Any]]
     devices: NotRequired[list[dict[str, Any]]]
     certificate: NotRequired[dict[str, Any] | None]

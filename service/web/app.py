@@ -12,6 +12,7 @@ from service.web import failures
 from service.web import metrics
 from service.web import openapi
 from service.web import operations
+from service.web import page
 from service.web import responses
 from service.web import security
 from service.web import tokens
@@ -50,4 +51,5 @@ def create_app(deployment: Deployment, tracing: Tracing | None = None) -> Flask:
     metrics.add_routes(app, deployment, registry)
     openapi.add_routes(app, deployment)
     docs.add_routes(app)
+    page.add_routes(app)
     return app

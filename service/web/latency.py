@@ -30,16 +30,26 @@ TOKENS = tuple(float(n * 10**power) for power in range(6) for n in (1, 2, 5))
 
 # name, what it is, buckets
 HISTOGRAMS = (
-    ("time_to_first_token_seconds", "Head of the request to the first token.", FIRST_TOKEN),
-    ("inter_token_latency_seconds", "One token to the next.", BETWEEN),
-    ("request_time_per_output_token_seconds", "Mean of one request's, after the first.", BETWEEN),
-    ("e2e_request_latency_seconds", "Head of the request to its last token.", WHOLE),
-    ("request_queue_time_seconds", "In the queue.", WHOLE),
-    ("request_prefill_time_seconds", "Out of the queue to the first token.", WHOLE),
-    ("request_decode_time_seconds", "First to last token.", WHOLE),
-    ("request_inference_time_seconds", "Out of the queue to the last token.", WHOLE),
+    ("time_to_first_token_seconds", "From the request's head to the first token.", FIRST_TOKEN),
+    ("inter_token_latency_seconds", "From one token to the next, each.", BETWEEN),
+    (
+        "request_time_per_output_token_seconds",
+        "From one token to the next, the mean of a sequence.",
+        BETWEEN,
+    ),
+    ("e2e_request_latency_seconds", "From the request's head to its last token.", WHOLE),
+    ("request_queue_time_seconds", "In the queue, until the sequence left it.", WHOLE),
+    ("request_prefill_time_seconds", "From leaving the queue to the first token.", WHOLE),
+    ("request_decode_time_seconds", "From the first token to the last.", WHOLE),
+    ("request_inference_time_seconds", "From leaving the queue to the last token.", WHOLE),
     ("request_prompt_tokens", "Tokens of the prompt.", TOKENS),
     ("request_generation_tokens", "Tokens of the answer.", TOKENS),
+)
+# name, what it is, labels
+ENDED = (
+    "request_success",
+    "Sequences that ended, by how: stop, length, error, or abort if the client left.",
+    (*LABELS, "finished_reason"),
 )
 
 
@@ -52,12 +62,8 @@ class Latencies:
             name: Histogram(f"{prefix}:{name}", text, LABELS, registry=registry, buckets=buckets)
             for name, text, buckets in HISTOGRAMS
         }
-        self._ended = Counter(
-            f"{prefix}:request_success",
-            "Sequences that ended, by how.",
-            (*LABELS, "finished_reason"),
-            registry=registry,
-        )
+        name, text, labels = ENDED
+        self._ended = Counter(f"{prefix}:{name}", text, labels, registry=registry)
 
     def __call__(self, record: Record) -> None:
         for answer in record.answers:

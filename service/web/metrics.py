@@ -7,6 +7,7 @@ does not have (state, placement, proof, watch) is always `moorage:`.
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
 
 from flask import Flask
 from flask import Response
@@ -27,22 +28,94 @@ from service.web.latency import LABELS
 from service.web.routes import Operation
 
 STATES = ("planned", "loading", "validating", "ready", "idle", "degraded", "draining", "failed")
-# of the engine's counts: attribute, metric, what it is. First those that vLLM has.
-GAUGES = (
-    ("running", "num_requests_running", "Sequences that are computed now."),
-    ("waiting", "num_requests_waiting", "Sequences that wait to be computed."),
+
+
+class Told(NamedTuple):
+    """One metric: its name without prefix and `_total`, and what docs/metrics.md says of it."""
+
+    name: str
+    family: type[CounterMetricFamily | GaugeMetricFamily]
+    text: str
+    labels: tuple[str, ...] = ()
+
+
+# of the deployment; always `moorage:`
+OWN = (
+    Told(
+        "state",
+        GaugeMetricFamily,
+        f"1 for the state it is in, 0 for the others: {', '.join(STATES)}.",
+        ("state",),
+    ),
+    Told("load_progress", GaugeMetricFamily, "Of the load, 0 to 1."),
+    Told(
+        "planned_bytes",
+        GaugeMetricFamily,
+        "Bytes that were planned, by kind: weights, kv, overhead.",
+        ("device", "kind"),
+    ),
+    Told(
+        "measured_bytes",
+        GaugeMetricFamily,
+        "Bytes that are there, by kind: allocated, reserved; on accelerators by torch's allocator.",
+        ("device", "kind"),
+    ),
+    Told(
+        "plan_error_bytes",
+        GaugeMetricFamily,
+        "Bytes of weights measured when they were proven, less those planned.",
+        ("device",),
+    ),
+    Told("certificate_valid", GaugeMetricFamily, "1 while the placement is proven."),
+    Told("watch_checks", CounterMetricFamily, "Looks whether the model is what was proven."),
+    Told("watch_findings", GaugeMetricFamily, "Changes found since the proof."),
+    Told("kv_tokens_planned", GaugeMetricFamily, "Tokens the KV cache was planned for."),
+    Told("kv_tokens_used", GaugeMetricFamily, "Tokens held in the KV cache."),
+    Told("engine_steps", CounterMetricFamily, "Forwards run since the model was loaded."),
+    Told("request_failure", CounterMetricFamily, "Sequences that ended because their step failed."),
 )
-COUNTERS = (
-    ("prompt_tokens", "prompt_tokens", "Tokens of prompts computed since the start."),
-    ("tokens", "generation_tokens", "Tokens chosen since the start."),
-    ("preemptions", "num_preemptions", "Sequences that gave way for want of memory."),
-    ("prefix_tokens", "prefix_cache_hits", "Tokens of prompts that were found computed."),
+# what vLLM has too: under the prefix of `server.metrics_prefix`
+ENGINES = (
+    Told("num_requests_running", GaugeMetricFamily, "Sequences that are computed now.", LABELS),
+    Told("num_requests_waiting", GaugeMetricFamily, "Sequences that wait to be computed.", LABELS),
+    Told(
+        "kv_cache_usage_perc",
+        GaugeMetricFamily,
+        "Share of the planned KV tokens that is held, 0 to 1.",
+        LABELS,
+    ),
+    Told(
+        "prompt_tokens",
+        CounterMetricFamily,
+        "Tokens of prompts computed since the model was loaded.",
+        LABELS,
+    ),
+    Told(
+        "generation_tokens",
+        CounterMetricFamily,
+        "Tokens chosen since the model was loaded.",
+        LABELS,
+    ),
+    Told(
+        "prefix_cache_queries",
+        CounterMetricFamily,
+        "Tokens of prompts that were looked for among those computed before.",
+        LABELS,
+    ),
+    Told(
+        "prefix_cache_hits",
+        CounterMetricFamily,
+        "Tokens of prompts that were found computed.",
+        LABELS,
+    ),
+    Told(
+        "num_preemptions",
+        CounterMetricFamily,
+        "Sequences that gave way for want of memory.",
+        LABELS,
+    ),
 )
-OWN_GAUGES = (("kv_tokens", "kv_tokens_used", "Tokens held in the KV cache."),)
-OWN_COUNTERS = (
-    ("steps", "engine_steps", "Forwards run since the start."),
-    ("failed", "request_failure", "Sequences that ended because their step failed."),
-)
+BY_NAME = {told.name: told for told in (*OWN, *ENGINES)}
 
 
 def add_routes(app: Flask, deployment: Deployment, registry: CollectorRegistry) -> None:
@@ -73,35 +146,35 @@ class _Collected(Collector):
         yield from _proof(document)
         planned = (document.get("kv") or {}).get("planned_tokens")
         if planned is not None:
-            text = "Tokens the KV cache was planned for."
-            yield GaugeMetricFamily("moorage:kv_tokens_planned", text, value=planned)
+            yield _one("kv_tokens_planned", planned)
         yield from _engine(self._deployment, planned)
 
 
+def _family(name: str, prefix: str = "moorage") -> Any:
+    """An empty family of what is told by this name."""
+    told = BY_NAME[name]
+    return told.family(f"{prefix}:{name}", told.text, labels=told.labels)
+
+
+def _one(name: str, value: float, labels: tuple[str, ...] = (), prefix: str = "moorage") -> Any:
+    """A family of one sample."""
+    family = _family(name, prefix)
+    family.add_metric(labels, value)
+    return family
+
+
 def _state(document: Mapping[str, Any]) -> Iterator[Metric]:
-    state = GaugeMetricFamily("moorage:state", "1 for the state it is in.", labels=["state"])
+    state = _family("state")
     for name in STATES:
         state.add_metric([name], float(document.get("state") == name))
     yield state
-    progress = document.get("progress") or 0.0
-    yield GaugeMetricFamily("moorage:load_progress", "Of the load, 0 to 1.", value=progress)
+    yield _one("load_progress", document.get("progress") or 0.0)
 
 
 def _devices(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
     """Planned and measured bytes; a device without a number has no sample."""
-    planned = GaugeMetricFamily(
-        "moorage:planned_bytes", "Bytes that were planned.", labels=["device", "kind"]
-    )
-    measured = GaugeMetricFamily(
-        "moorage:measured_bytes",
-        "Bytes that are there; on accelerators by torch's allocator.",
-        labels=["device", "kind"],
-    )
-    error = GaugeMetricFamily(
-        "moorage:plan_error_bytes",
-        "Bytes of weights measured when they were proven, less those planned.",
-        labels=["device"],
-    )
+    planned, measured = _family("planned_bytes"), _family("measured_bytes")
+    error = _family("plan_error_bytes")
     for device in devices:
         for family, key in ((planned, "planned"), (measured, "measured")):
             for kind, size in (device.get(key) or {}).items():
@@ -114,14 +187,10 @@ def _devices(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
 def _proof(document: Mapping[str, Any]) -> Iterator[Metric]:
     certificate, watch = document.get("certificate"), document.get("watch")
     valid = bool(certificate and certificate.get("valid"))
-    yield GaugeMetricFamily(
-        "moorage:certificate_valid", "1 while the placement is proven.", value=float(valid)
-    )
+    yield _one("certificate_valid", float(valid))
     if watch:
-        looks, findings = watch.get("checks") or 0, watch.get("findings") or ()
-        yield CounterMetricFamily("moorage:watch_checks", "Looks for changes.", value=looks)
-        text = "Changes found since the proof."
-        yield GaugeMetricFamily("moorage:watch_findings", text, value=len(findings))
+        yield _one("watch_checks", watch.get("checks") or 0)
+        yield _one("watch_findings", len(watch.get("findings") or ()))
 
 
 def _engine(deployment: Deployment, planned: int | None) -> Iterator[Metric]:
@@ -131,26 +200,20 @@ def _engine(deployment: Deployment, planned: int | None) -> Iterator[Metric]:
     except (NotReady, PlacementDrifted):
         return
     stats = serving.engine.stats()
-    prefix = deployment.config.server.metrics_prefix
-    labels = (serving.model_id, ENGINE)
-    for attribute, name, text in OWN_GAUGES:
-        yield GaugeMetricFamily(f"moorage:{name}", text, value=getattr(stats, attribute))
-    for attribute, name, text in OWN_COUNTERS:
-        yield CounterMetricFamily(f"moorage:{name}", text, value=getattr(stats, attribute))
-    for attribute, name, text in GAUGES:
-        gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
-        gauge.add_metric(labels, getattr(stats, attribute))
-        yield gauge
-    for attribute, name, text in COUNTERS:
-        counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
-        counter.add_metric(labels, getattr(stats, attribute))
-        yield counter
-    text = "Tokens of prompts that were looked for among those computed before."
-    queries = CounterMetricFamily(f"{prefix}:prefix_cache_queries", text, labels=LABELS)
-    queries.add_metric(labels, stats.prompt_tokens + stats.prefix_tokens)
-    yield queries
+    yield _one("kv_tokens_used", stats.kv_tokens)
+    yield _one("engine_steps", stats.steps)
+    yield _one("request_failure", stats.failed)
+    counts: dict[str, float] = {
+        "num_requests_running": stats.running,
+        "num_requests_waiting": stats.waiting,
+        "prompt_tokens": stats.prompt_tokens,
+        "generation_tokens": stats.tokens,
+        "num_preemptions": stats.preemptions,
+        "prefix_cache_hits": stats.prefix_tokens,
+        "prefix_cache_queries": stats.prompt_tokens + stats.prefix_tokens,
+    }
     if planned:
-        text = "Share of the planned KV tokens that is held, 0 to 1."
-        share = GaugeMetricFamily(f"{prefix}:kv_cache_usage_perc", text, labels=LABELS)
-        share.add_metric(labels, stats.kv_tokens / planned)
-        yield share
+        counts["kv_cache_usage_perc"] = stats.kv_tokens / planned
+    labels, prefix = (serving.model_id, ENGINE), deployment.config.server.metrics_prefix
+    for name, value in counts.items():
+        yield _one(name, value, labels, prefix)

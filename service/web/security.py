@@ -31,9 +31,9 @@ from service.web.limits import Accounts
 # Everything else needs a key when keys are configured. Endpoints by name, so that no spelling of a
 # path matters.
 HEALTH = frozenset({"health", "health_live", "health_ready"})
-# The same files everywhere: the page asks for a key itself, to fetch what it shows.
-PAGE = frozenset({"docs", "docs_script", "docs_bundle", "docs_style"})
-OPEN_ENDPOINTS = HEALTH | PAGE
+# The same files everywhere: a page asks for a key itself, to fetch what it shows.
+PAGES = frozenset({"page", "page_file", "docs", "docs_script", "docs_bundle", "docs_style"})
+OPEN_ENDPOINTS = HEALTH | PAGES
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 TIMEOUT = re.compile(r"(?!0+(\.0+)?$)[0-9]{1,9}(\.[0-9]{1,6})?")
@@ -42,9 +42,9 @@ TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9
 MAX_TRACESTATE = 512
 IGNORED_NAMES = 20
 IGNORED_CHARACTERS = 64
-# No answer is a page but /docs, which has a policy of its own. `Cross-Origin-Resource-Policy` keeps
-# other pages from embedding answers; what cors_origins allows is read by fetch, which it does not
-# concern.
+# No answer is a page but / and /docs, which have a policy of their own (`service.web.files`).
+# `Cross-Origin-Resource-Policy` keeps other pages from embedding answers; what cors_origins allows
+# is read by fetch, which it does not concern.
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",

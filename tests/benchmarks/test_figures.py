@@ -3,24 +3,12 @@ import pytest
 from benchmarks import figures
 from benchmarks.engine import turned
 from benchmarks.engine import waits
-from benchmarks.figures import Answer
+from service.cli.timing import Answer
 
 
 def answer(began: float, *times: float, tokens: int | None = None, error: str | None = None):
     count = len(times) if tokens is None else tokens
     return Answer(began, list(times), count, prompt_tokens=3, error=error)
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"), [(0.0, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.95, 4), (1.0, 4)]
-)
-def test_a_percentile_is_one_of_the_values(share: float, expected: float):
-    assert figures.percentile([4, 2, 1, 3], share) == expected
-
-
-def test_a_percentile_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="of nothing"):
-        figures.percentile([], 0.5)
 
 
 def test_a_run_is_summed_from_the_first_request_to_the_last_token():

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import peers
-from benchmarks.figures import Answer
 from benchmarks.loops import SETTLED
 from benchmarks.loops import beside
-from benchmarks.loops import closed_loop
 from benchmarks.peers import Absent
 from benchmarks.worker import Worker
 from benchmarks.workload import Request
+from service.cli.timing import Answer
+from service.cli.timing import closed_loop
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -45,9 +45,9 @@ def test_a_sound_deployment_is_ok_in_every_line(run: Run, tiny: Path, free: str)
 
 
 def test_lines_say_level_text_and_fix() -> None:
-    assert doctor.line(Finding("ok", "fine")) == " ok    fine"
-    assert doctor.line(Finding("warn", "hm")) == " WARN  hm"
-    assert doctor.line(Finding("error", "no", "do this")) == " ERROR no   fix: do this"
+    assert doctor.lines(Finding("ok", "fine"), None) == [" ok    fine"]
+    assert doctor.lines(Finding("warn", "hm"), None) == [" WARN  hm"]
+    assert doctor.lines(Finding("error", "no", "do this"), None) == [" ERROR no   fix: do this"]
 
 
 def test_errors_are_counted_and_exit_5(run: Run, tmp_path: Path, free: str) -> None:
@@ -169,7 +169,7 @@ def test_memory_that_others_use_is_named_with_their_process(
         ("get_device_properties", lambda index: SimpleNamespace(uuid="abc")),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    found = [doctor.line(finding) for finding in doctor.devices()]
+    found = [line for finding in doctor.devices() for line in doctor.lines(finding, None)]
     assert found == [
         " ok    cuda:0: RTX 4090, 14.0 of 24.0 GiB free",
         " WARN  cuda:0: 10.0 GiB in use by pid 41213. plan counts it as taken.",

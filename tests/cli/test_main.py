@@ -31,6 +31,8 @@ def moorage(*words: str, cwd: Path, code: str | None = None) -> subprocess.Compl
         ("--help",),
         ("plan", "--help"),
         ("certify", "--help"),
+        ("bench", "--help"),
+        ("chat", "--help"),
         ("plugins", "list"),
         ("plugins", "show", "single-gpu"),
         ("plugins", "check", "--help"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.plan import choices
-from service.cli.plan import table
+from service.cli.plan_text import choices
+from service.cli.plan_text import table
 from service.placement.alternatives import Alternative
 from service.placement.explain import DevicePlan
 from service.placement.plan import DeviceMemory
@@ -86,7 +86,8 @@ def test_choices_are_aligned() -> None:
         (
             Alternative("4-bit", "--set quantize=nf4", gib(36.8), (gib(1.7), gib(1.7))),
             Alternative("a longer name", "(other hardware)", gib(131.4), (gib(9),)),
-        )
+        ),
+        None,
     )
     assert lines == [
         "what would fit         weights  left GiB   try",

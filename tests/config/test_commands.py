@@ -244,7 +244,7 @@ def test_what_typer_handles_is_left_to_typer(error: Exception, status: int) -> N
 def test_a_table_is_aligned_and_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
     report.print_table(("name", "n"), [("a", 1), ("b" * 200, 22)])
     assert capsys.readouterr().out.splitlines() == [
-        f"{'name':200}  n",
-        f"{'a':200}  1",
+        f"{'name':200}   n",
+        f"{'a':200}   1",
         f"{'b' * 200}  22",
     ]

@@ -89,6 +89,21 @@ def test_closing_removes_it(path: Path) -> None:
         list(ask(path, {}))
 
 
+def test_a_server_that_ends_while_it_is_looked_for_is_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = Listener(path, echo)
+    check = control_socket._check_folder
+
+    def late(folder: Path) -> None:
+        check(folder)
+        listener.close()
+
+    monkeypatch.setattr(control_socket, "_check_folder", late)
+    with pytest.raises(ControlFailed, match="no server listens on"):
+        list(ask(path, {}))
+
+
 def open_folder(path: Path) -> str:
     path.parent.chmod(0o755)
     return "has mode 0755, so that others may enter"

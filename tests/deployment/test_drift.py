@@ -23,6 +23,12 @@ from tests.support.gates import PATIENCE_S
 from tests.support.gates import new_gate
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe waits for its look, however long that takes here."""
+    monkeypatch.setattr("service.placement.watch.PROBE_WAIT_S", PATIENCE_S)
+
+
 def test_a_ready_deployment_says_that_it_is_watched(make: Make) -> None:
     deployment = make().settle()
     assert deployment.document()["watch"]["enabled"] is True

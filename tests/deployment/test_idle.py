@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,26 @@ from tests.server.process import wait_for
 from tests.support.gates import PATIENCE_S
 from tests.support.gates import new_gate
 
+STAYS = 100_000.0
+"""Seconds without a request that no test takes."""
+
 
 def asleep(deployment: Deployment) -> None:
     """Wait until it has unloaded, and done with it."""
     wait_for("the idle state", lambda: deployment.state == "idle")
     deployment.turn.wait("a test")
     deployment.turn.give()
+
+
+def fall_asleep(deployment: Deployment) -> None:
+    """Have a model that stays, however long a test takes, unload now; once it is woken it stays."""
+    status = deployment.status
+    staying = status.config
+    soon = staying.deployment.model_copy(update={"idle_unload_s": 0.01})
+    status.config = replace(staying, deployment=soon)
+    deployment.serving().uses.look_again()
+    asleep(deployment)
+    deployment.status.config = staying
 
 
 def ask(deployment: Deployment, deadline: float | None = None) -> list[int]:
@@ -61,20 +76,20 @@ def test_a_model_that_nobody_asks_is_released_and_says_so(make: Make) -> None:
 
 
 def test_its_memory_is_back(make: Make) -> None:
-    deployment = make(idle_unload_s=0.2).settle()
+    deployment = make(idle_unload_s=STAYS).settle()
     serving = deployment.use()
     model = weakref.ref(model_of(deployment))
     assert model() is not None
     serving.uses.leave()
-    asleep(deployment)
+    fall_asleep(deployment)
     assert model() is None
 
 
 def test_requests_that_arrive_together_share_one_load(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "strategies", "counting", {"load": COUNTING})
-    deployment = make("counting", idle_unload_s=0.3).settle()
+    deployment = make("counting", idle_unload_s=STAYS).settle()
     first = ask(deployment)
-    asleep(deployment)
+    fall_asleep(deployment)
     got: list[list[int]] = []
     asking = [threading.Thread(target=lambda: got.append(ask(deployment))) for _ in range(4)]
     for thread in asking:
@@ -169,10 +184,10 @@ def test_a_wake_that_fails_is_told_and_the_next_request_tries_again(
     make: Make, tmp_path: Path
 ) -> None:
     write(tmp_path / "strategies", "failing-once", {"load": FAILING_ONCE})
-    watched = make("failing-once", idle_unload_s=0.3)
+    watched = make("failing-once", idle_unload_s=STAYS)
     deployment = watched.settle()
     first = ask(deployment)
-    asleep(deployment)
+    fall_asleep(deployment)
     with pytest.raises(NotReady, match="could not be loaded again") as refused:
         deployment.use()
     assert "/secret" not in refused.value.message
@@ -220,7 +235,7 @@ def test_a_drain_ends_those_that_wait_for_the_wake(make: Make, hanging: Hanging)
 
 
 def test_it_answers_as_ever_before_it_is_idle(make: Make) -> None:
-    deployment = make(idle_unload_s=1000).settle()
+    deployment = make(idle_unload_s=STAYS).settle()
     assert answer(deployment, [1, 2, 3]) == ask(deployment)
     assert deployment.state == "ready"
 
@@ -228,7 +243,7 @@ def test_it_answers_as_ever_before_it_is_idle(make: Make) -> None:
 def test_who_watches_an_idle_model_ends_with_it(make: Make) -> None:
     """Whatever ended it: a thread that looks again and again would take the others' time."""
     before = set(threading.enumerate())
-    deployment = make(idle_unload_s=0.5).settle()
+    deployment = make(idle_unload_s=STAYS).settle()
     watching = [one for one in set(threading.enumerate()) - before if one.name == "idle"]
     deployment.drain(0.0)
     assert watching

@@ -31,6 +31,7 @@ from tests.deployment.conftest import model_of
 from tests.deployment.strategies import hook
 from tests.deployment.strategies import load_then
 from tests.deployment.strategies import write
+from tests.deployment.test_idle import STAYS
 from tests.deployment.test_idle import ask
 from tests.deployment.test_idle import asleep
 from tests.server.process import wait_for
@@ -107,10 +108,12 @@ def test_running_streams_finish_on_the_old_model_while_the_new_one_is_loaded(
     expected = long(deployment.serving())
     stop = threading.Event()
     answers: list[tuple[str, list[int]]] = []
+    asked = threading.Event()
 
     def stream() -> None:
         while not stop.is_set():
             serving = deployment.use()
+            asked.set()
             try:
                 answers.append((serving.model_id, long(serving)))
             finally:
@@ -119,6 +122,7 @@ def test_running_streams_finish_on_the_old_model_while_the_new_one_is_loaded(
     # one at a time: in bfloat16 two in a batch may round otherwise than one
     thread = threading.Thread(target=stream)
     thread.start()
+    assert asked.wait(PATIENCE_S)
     reload(deployment, changed(deployment.config, model=str(other)))
     wait_for("an answer of the new model", lambda: any(name == "other" for name, _ in answers))
     stop.set()
@@ -162,7 +166,9 @@ def test_nothing_changed_loads_nothing_unless_forced(make: Make) -> None:
 def test_settings_that_need_no_load_apply_at_once(make: Make) -> None:
     deployment = make().settle()
     old = weakref.ref(model_of(deployment))
-    new = changed(deployment.config, server={"max_queue": 0}, on_drift="reload", idle_unload_s=9.0)
+    new = changed(
+        deployment.config, server={"max_queue": 0}, on_drift="reload", idle_unload_s=STAYS
+    )
     outcome = reload(deployment, new)
     assert outcome.way == "settings"
     assert outcome.changed == ("idle_unload_s", "on_drift", "server.max_queue")

@@ -35,6 +35,7 @@ def test_before_the_start_it_is_planned_and_answers_nothing(make: Make) -> None:
     assert (document["state"], document["progress"]) == ("planned", 0.0)
     assert document["certificate"] is None
     assert document["devices"] == []
+    assert document["activity"] is None
     assert document["model"]["parameters"] is None
     with pytest.raises(NotReady, match="The model is not ready: planned"):
         deployment.serving()
@@ -53,6 +54,7 @@ def test_the_document_of_a_ready_deployment(make: Make) -> None:
         "strategy",
         "origin",
         "kv",
+        "activity",
         "engine",
         "devices",
         "certificate",
@@ -62,6 +64,14 @@ def test_the_document_of_a_ready_deployment(make: Make) -> None:
     }
     assert (document["object"], document["schema"], document["state"]) == ("placement", 1, "ready")
     assert document["deployment"] == "test"
+    # one token was generated before it was ready
+    assert document["activity"].keys() == {
+        "running",
+        "waiting",
+        "prompt_tokens",
+        "generated_tokens",
+    }
+    assert (document["activity"]["running"], document["activity"]["waiting"]) == (0, 0)
     parameters = 2 * 258 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64)
     assert document["model"] == {
         "id": "tiny",

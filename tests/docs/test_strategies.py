@@ -17,26 +17,12 @@ from service.placement import finding
 from service.placement import hookspecs
 from service.placement import planning
 from service.placement import registry
-from service.placement.certificate import certify
-from service.placement.registry import Strategy
 from service.testing import contract
-from tests.support.planned import GIB
-from tests.support.planned import bring_up
-from tests.support.planned import model_config
-from tests.support.planned import ram
-from tests.support.tiny import save_tiny
 
-PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
-CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-BLOCKS = [block for block in CODE if "StrategyContract" not in block]
-FIRST = BLOCKS[0]
-
-
-def found(folder: Path, text: str) -> Strategy:
-    """The strategy of this text, put into a folder of `strategy_dirs`."""
-    folder.mkdir(exist_ok=True)
-    (folder / "mine.py").write_text(text)
-    return registry.build([folder]).select("mine")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "strategies.md").read_text(encoding="utf-8")
+CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FIRST = CODE.findall((DOCS / "plugin-guide.md").read_text(encoding="utf-8"))[0]
 
 
 def refused(folder: Path, text: str) -> str:
@@ -87,7 +73,7 @@ def test_every_tolerance_is_documented():
     ) in text
 
 
-@pytest.mark.parametrize("helper", ["on_one_device", "spread", "mapped", "units"])
+@pytest.mark.parametrize("helper", ["on_one_device", "spread", "mapped", "units", "modules"])
 def test_every_planning_helper_is_documented(helper: str):
     said = " ".join((inspect.getdoc(getattr(planning, helper)) or "").partition("\n\n")[0].split())
     assert f"| `planning.{helper}" in PAGE
@@ -103,41 +89,9 @@ def test_the_keys_that_cannot_be_defaults_are_listed():
 # --- the examples
 
 
-def test_the_first_example_is_short():
-    code = [line for line in FIRST.splitlines() if line.strip()]
-    assert len(code) <= 22
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_example_loads_a_model_that_is_proven(tmp_path: Path, number: int):
-    """The later ones are added to the first."""
-    text = FIRST if number == 0 else f"{FIRST}\n\n{BLOCKS[number]}"
-    strategy = found(tmp_path / "strategies", text)
-    loaded = bring_up(strategy, model_config(save_tiny(tmp_path / "m", layers=4)), ram(GIB))
-    assert certify(loaded).valid
-
-
-def test_the_example_of_options_does_what_it_says(tmp_path: Path):
-    with_options = next(block for block in BLOCKS if "class Options" in block)
-    strategy = found(tmp_path / "strategies", f"{FIRST}\n\n{with_options}")
-    config = model_config(save_tiny(tmp_path / "m", layers=4), options={"layers": 3})
-    loaded = bring_up(strategy, config, ram(GIB))
-    on_disk = [n for n, device in loaded.placement.module_map.items() if device == "disk"]
-    assert on_disk == ["model.layers.1", "model.layers.2", "model.layers.3"]
-    assert certify(loaded).valid
-
-
-def test_the_example_of_defaults_is_one(tmp_path: Path):
-    with_defaults = next(block for block in BLOCKS if "DEFAULTS = " in block)
-    assert found(tmp_path, f"{FIRST}\n\n{with_defaults}").defaults == {
-        "quantize": "nf4",
-        "keep_free": {"cuda": GIB},
-    }
-
-
 def test_the_example_of_a_test_runs_every_check(tmp_path: Path):
     (tmp_path / "mine.py").write_text(FIRST)
-    (tests,) = (block for block in CODE if "StrategyContract" in block)
+    (tests,) = CODE.findall(PAGE)
     (tmp_path / "test_mine.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
     done = subprocess.run(
@@ -150,8 +104,8 @@ def test_the_example_of_a_test_runs_every_check(tmp_path: Path):
     assert f"{len(contract.CHECKS)} passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_packaging_example_names_the_real_group():
-    assert f"{hookspecs.ENTRY_POINT_GROUP} =\n" in PAGE
+def test_the_page_names_the_real_group():
+    assert f"`{hookspecs.ENTRY_POINT_GROUP}`" in PAGE
 
 
 # --- the messages

@@ -28,7 +28,7 @@ from service.engine.slots import SlotHold
 from service.engine.slots import Slots
 from service.placement import kv
 
-WAIT_S = 30.0  # never reached unless something is broken
+WAIT_S = 120.0  # never reached unless something is broken
 
 Hook = Callable[[Batch], None]
 
@@ -174,14 +174,16 @@ class ScriptedRunner(Runner):
 
 
 class Gate:
-    """Holds the engine inside a step until the test lets it go on. Pass it as `before_step`."""
+    """Holds the engine inside a step until the test lets it go on. Pass it as `before_step`, or
+    call it from what a step does.
+    """
 
     def __init__(self) -> None:
         self._entered = threading.Semaphore(0)
         self._permits = threading.Semaphore(0)
         self._open = False
 
-    def __call__(self, batch: Batch) -> None:
+    def __call__(self, batch: Batch | None) -> None:
         if not self._open:
             self._entered.release()
             if not self._permits.acquire(timeout=WAIT_S):

@@ -539,7 +539,8 @@ def test_running_out_of_memory_in_the_loop_itself_is_a_death_too(start: Start) -
     runner.memory = Leaky(2, share=True)
     died = threading.Event()
     engine = start(runner, on_death=lambda error: died.set())
-    short, long = engine.submit([1], greedy(1)), engine.submit([1], greedy(900))
+    # both at once: the first to end is the end of the engine
+    short, long = engine.submit_all([([1], greedy(1)), ([5], greedy(900))])
     assert read_all(short) == [2]  # it had its whole answer
     with pytest.raises(EngineStopped):
         read_all(long)

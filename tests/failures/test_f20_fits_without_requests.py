@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from service.errors import DoesNotFit
 from service.placement.certificate import certify
+from service.placement.overhead import CPU_KERNELS
 from service.placement.plan import Placement
 from service.testing.self_test.maps import BUSY
 from service.testing.self_test.maps import weights_without_kv
@@ -45,7 +46,7 @@ def test_plain_transformers_fills_memory_with_weights_and_leaves_no_room(folder:
 
 
 def test_ours_refuses_it_before_anything_is_read_with_how_much_is_short(folder: Path) -> None:
-    limit = weights_without_kv(folder)
+    limit = weights_without_kv(folder) + CPU_KERNELS
     (folder / "model.safetensors").unlink()
     error = refused(folder, **BUSY, max_memory={"cpu": limit}, dtype="float32")
     assert (error.failure_class, error.exit_status) == ("F20", 4)

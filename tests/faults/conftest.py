@@ -26,8 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Faulty]:
     """Survives every fault that a test brings over it."""
     with Faulty(tmp_path_factory.mktemp("faulty"), model) as server:
-        server.ready().fill()
-        yield server
+        yield server.ready()
         told = [line for line in server.lines() if "is ready" in line["message"]]
         assert len(told) == 1, "the worker was replaced"
 

@@ -38,6 +38,11 @@ class Control:
         self._seen: tuple[int, int] | None = None
         self._values: dict[str, Any] = {}
 
+    @classmethod
+    def of(cls, folder: Path) -> "Control":
+        """That of the server which runs in this folder."""
+        return cls(folder / "control.json")
+
     def write(self, **values: Any) -> None:
         """What goes wrong from now on, beside `always`; nothing else does."""
         new = self._path.with_suffix(".new")

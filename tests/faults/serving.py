@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import socket
-import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +64,7 @@ def write_config(folder: Path, model: Path, **deployment: Any) -> None:
 
 
 def faulty(folder: Path, **options: Any) -> dict[str, Any]:
-    """The deployment's words for the strategy that `control` directs."""
+    """The deployment's words for the strategy that `Control.of(folder)` directs."""
     return {
         "strategy": "faulty",
         "strategy_dirs": [str(ROOT / "tests/faults/strategies")],
@@ -78,9 +77,14 @@ class Faulty(Server):
 
     def __init__(self, folder: Path, model: Path, **deployment: Any) -> None:
         options = deployment.pop("options", {})
-        self.control = Control(folder / "control.json")
+        self.control = Control.of(folder)
         write_config(folder, model, **faulty(folder, **options), **deployment)
-        environment = {"TEST_APP": "service.web.wsgi:build", "TEST_SOCKET_SECONDS": "1"}
+        environment = {
+            "TEST_APP": "service.web.wsgi:build",
+            "TEST_SOCKET_SECONDS": "2",
+            "TEST_FLUSH_S": "60",
+            "TEST_ALL_THREADS": "1",
+        }
         super().__init__(folder / "log", conf=CONF, cwd=folder, OMP_NUM_THREADS="1", **environment)
 
     def ready(self) -> "Faulty":
@@ -134,16 +138,6 @@ class Faulty(Server):
         """Threads and open files of the worker."""
         worker = self.worker()
         return worker.num_threads(), worker.num_fds()
-
-    def fill(self) -> None:
-        """Have every thread that requests can ever use started: none answers the last one."""
-        half = [self.send(b"GET /health/live HTTP/1.1\r\nHost: l") for _ in range(SLOTS + 8)]
-        before = 0
-        while before != (before := self.held()[0]):
-            time.sleep(0.3)
-        assert self.get("/health/live").status == 200
-        for one in half:
-            one.close()
 
     def wait_idle(self, threads: int, files: int) -> None:
         """Nothing is in use any more: no sequence, no KV, no more threads and files than before."""

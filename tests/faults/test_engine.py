@@ -39,10 +39,9 @@ def test_a_prompt_whose_step_fails_is_told_and_the_next_one_is_answered(
 def test_a_stream_whose_step_fails_ends_with_an_event(
     server: Faulty, place: str, what: str, code: str
 ) -> None:
-    stream = server.stream(NEARLY, 60)
-    events = stream.events()
     with server.control.during(**{place: {"do": what, "at": LATE}}):
-        found = list(events)
+        stream = server.stream(NEARLY, 60)
+        found = list(stream.events())
     stream.close()
     assert len(found) > 1
     assert found[-1]["error"]["code"] == code

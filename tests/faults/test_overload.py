@@ -62,7 +62,7 @@ def test_a_deadline_within_an_answer_is_504(server: Faulty) -> None:
 
 def test_a_deadline_within_a_stream_is_an_event(server: Faulty) -> None:
     body = completion("a", LONGEST, stream=True)
-    stream = Stream(server, COMPLETIONS, body, X_Request_Timeout_S="2")
+    stream = Stream(server, COMPLETIONS, body, X_Request_Timeout_S="5")
     events = list(stream.events())
     stream.close()
     assert text_of(events)

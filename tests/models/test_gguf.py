@@ -184,7 +184,10 @@ def test_a_converted_model_gives_the_same_logits_in_bfloat16(
 
     out = tmp_path / "out"
     out.mkdir()
-    convert.to_safetensors(gguf.parent, entry, out)
+    shares: list[float] = []
+    convert.to_safetensors(gguf.parent, entry, out, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
     assert capfd.readouterr() == ("", ""), "no bars and no warnings on the terminal"
     (out / "config.json").write_text(json.dumps(entry.config))
     folder.check(out)

@@ -14,9 +14,12 @@ from service.placement.certificate import Certificate
 from service.placement.overhead import FIXED
 from service.placement.plan import DeviceMemory
 from service.placement.plan import Placement
+from service.placement.plan import Unit
 from tests.placement.test_plan import placement
 from tests.support.planned import GIB
 from tests.support.planned import cards
+
+EACH = {"weights": 10, "kv": 1}
 
 
 def test_a_device_is_described_with_what_was_planned_there():
@@ -31,10 +34,23 @@ def test_a_device_is_described_with_what_was_planned_there():
         "measured": None,
         "plan_error_bytes": None,
         "modules": [
-            {"name": "embed", "count": 1, "bytes": 10},
-            {"name": "layers.0-4", "count": 5, "bytes": 50},
+            {"name": "embed", "count": 1, "bytes": 10, "each": [EACH]},
+            {"name": "layers.0-4", "count": 5, "bytes": 50, "each": [EACH] * 5},
         ],
+        "reason": "it is on cuda:0 with 6 neighbours from embed to layers.4, cut so that the room "
+        "left is even: 24.2 GiB on cuda:0",
     }
+
+
+def test_a_device_that_only_a_strategy_knows_the_reason_for_says_so():
+    plan = Placement(
+        devices=("cpu",),
+        module_map={"": "cpu"},
+        memory={"cpu": DeviceMemory(weights=10)},
+        units=(Unit("embed", 10),),
+    )
+    found = describe.devices(plan, cards())[0]
+    assert found["reason"] == "it is on cpu because the strategy says so"
 
 
 def test_the_disk_has_no_size_but_free_space():
@@ -93,6 +109,7 @@ def test_another_plan_has_another_hash(change: dict[str, Any]):
 HASH = """
 from service.placement.describe import plan_hash
 from service.placement.plan import Placement
+from service.placement.plan import Unit
 from service.placement.planning import quantization
 class Odd: pass
 kwargs = {"quantization_config": quantization("nf4", "bfloat16"), "odd": Odd(), "s": {"a", "b"}}

@@ -55,6 +55,21 @@ def test_a_file_in_strategy_dirs_is_found_under_its_name_with_dashes(tmp_path: P
     assert found.strategies["my-own-one"].summary == "A strategy for tests."
 
 
+def test_a_file_that_was_edited_is_imported_again_and_one_that_was_not_is_not(tmp_path: Path):
+    folder = write_strategy(tmp_path / "mine.py", "MARK = 1\n")
+
+    def mark() -> int:
+        (found,) = [one for one in finding.find([folder]) if one.name == "mine"]
+        mark: int = found.fetch().MARK  # type: ignore[attr-defined]
+        return mark
+
+    assert mark() == 1
+    twice = [found.fetch() for _ in "12" for found in finding.find([folder])]
+    assert len({id(module) for module in twice if hasattr(module, "MARK")}) == 1
+    write_strategy(tmp_path / "mine.py", "MARK = 2\n")
+    assert mark() == 2
+
+
 def test_a_module_may_name_itself(tmp_path: Path):
     found = registry.build([write_strategy(tmp_path / "v2.py", 'NAME = "half-and-half"\n')])
     assert "half-and-half" in found.strategies

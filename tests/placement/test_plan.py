@@ -43,10 +43,18 @@ def placement() -> Placement:
 
 def test_neighbours_on_one_device_are_written_as_one():
     assert groups(placement()) == {
-        "cuda:0": [ModuleGroup("embed", 1, 10), ModuleGroup("layers.0-4", 5, 50)],
-        "cuda:1": [ModuleGroup("layers.5-11", 7, 70), ModuleGroup("norm", 1, 10)],
+        "cuda:0": [
+            ModuleGroup("embed", (Unit("embed", 10, 1),)),
+            ModuleGroup("layers.0-4", tuple(Unit(f"layers.{i}", 10, 1) for i in range(5))),
+        ],
+        "cuda:1": [
+            ModuleGroup("layers.5-11", tuple(Unit(f"layers.{i}", 10, 1) for i in range(5, 12))),
+            ModuleGroup("norm", (Unit("norm", 10, 1),)),
+        ],
         "disk": [],
     }
+    layers = groups(placement())["cuda:0"][1]
+    assert (layers.count, layers.bytes) == (5, 50)
 
 
 def test_a_gap_in_the_numbers_is_not_written_over():

@@ -303,3 +303,17 @@ def test_a_strategy_with_the_three_hooks_serves(tmp_path: Path):
     strategy = mine(tmp_path / "plugins")
     loaded = bring_up(strategy, model_config(save_tiny(tmp_path / "m")), ram(GIB))
     assert certify(loaded).valid
+
+
+def test_what_pytest_keeps_beside_strategies_is_none(tmp_path: Path):
+    for name in ("mine.py", "test_mine.py", "conftest.py", "_shared.py"):
+        (tmp_path / name).write_text(STRATEGY)
+    found = registry.build([tmp_path])
+    assert {name for name, where in found.sources.items() if str(tmp_path) in where[0]} == {"mine"}
+
+
+def test_one_file_found_twice_is_one_strategy(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(STRATEGY)
+    found = registry.build([tmp_path], files=[tmp_path / "mine.py"])
+    assert "mine" in found.strategies
+    assert len(found.sources["mine"]) == 2

@@ -396,15 +396,16 @@ def test_no_alarm_while_an_offloaded_model_generates_and_four_threads_ask_for_lo
     askers = [threading.Thread(target=hammer) for _ in range(4)]
     for asker in askers:
         asker.start()
-    answers = [generate(engine, 40) for _ in range(4)]
+    answers: list[list[int]] = []
+    while len(answers) < 4 or one.checks < 100:  # they may be slow to ask, and the engine fast
+        answers.append(generate(engine, 40))
     done.set()
     for asker in askers:
         asker.join(PATIENCE_S)
     assert one.changes == ()
     assert engine.alive
     assert engine.stats().steps >= 160
-    assert one.checks >= 100
-    assert [len(answer) for answer in answers] == [40] * 4
+    assert {len(answer) for answer in answers} == {40}
     assert all(answer == answers[0] for answer in answers)
 
 

@@ -50,8 +50,9 @@ class FakeDeployment:
             self.on_failure(error("the fake does\nnot load", hint="use a real one"))
             self.state = "failed"
             return
-        self.state = "ready"
-        self.on_ready("fake-model")
+        with self.changed:  # whoever sees that it is ready finds the ready line in the log
+            self.state = "ready"
+            self.on_ready("fake-model")
 
     def drain(self, seconds: float) -> None:
         if os.environ.get("FAKE_DRAIN") == "hang":
@@ -91,7 +92,9 @@ def create_app(config: Config) -> Flask:
 
     @app.get("/ready")
     def ready() -> tuple[Response, int]:
-        return jsonify(state=deployment.state), 200 if deployment.state == "ready" else 503
+        with deployment.changed:
+            state = deployment.state
+        return jsonify(state=state), 200 if state == "ready" else 503
 
     @app.get("/process")
     def process() -> Response:

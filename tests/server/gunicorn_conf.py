@@ -6,7 +6,9 @@ from service.config.gunicorn_options import settings
 from service.config.schema import Config
 from service.config.schema import DeploymentConfig
 from service.config.schema import ServerConfig
+from tests.server import patience
 
+patience.apply()
 _server = ServerConfig(
     bind=os.environ.get("TEST_BIND", "127.0.0.1:0"),
     threads=16,
@@ -17,7 +19,6 @@ globals().update(
     settings(_config, socket_seconds=float(os.environ.get("TEST_SOCKET_SECONDS", "20")))
 )
 wsgi_app = "tests.server.fake_app:create_app"
-timeout = int(os.environ.get("TEST_HEARTBEAT_S", "120"))
 
 if os.environ.get("TEST_EXTRA_WORKER"):
     _when_ready, _child_exit = globals()["when_ready"], globals()["child_exit"]

@@ -21,10 +21,12 @@ from typing import TypeVar
 
 import psutil
 
+from tests.support.dying import with_parent
+
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 CONF = "tests/server/gunicorn_conf.py"
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 """How long anything is waited for. Far from what it takes; reached only when something is broken.
 """
 
@@ -58,13 +60,17 @@ class Server:
         self._open = contextlib.ExitStack()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command or (sys.executable, "-m", "gunicorn", "-c", conf, *arguments),
+                with_parent(os.getpid(), *(command or self._gunicorn(conf, *arguments))),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
                 env=env,
                 start_new_session=True,
             )
+
+    @staticmethod
+    def _gunicorn(conf: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "gunicorn", "-c", conf, *arguments)
 
     def __enter__(self) -> Self:
         return self

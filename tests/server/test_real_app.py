@@ -78,7 +78,9 @@ def test_it_loads_answers_and_stops(
 
 def test_a_stream_that_sigterm_ends_says_so(model: Path, tmp_path: Path) -> None:
     config(tmp_path, model)
-    with Server(tmp_path / "log", conf=CONF, cwd=tmp_path) as server:
+    where: dict[str, Any] = {"conf": str(ROOT / "tests/server/web_conf.py"), "cwd": tmp_path}
+    ours = {"TEST_APP": "service.web.wsgi:build", "TEST_FLUSH_S": "60"}
+    with Server(tmp_path / "log", **where, **ours) as server:
         events = chat(ready(server), 480)
         next(events)
         server.signal(signal.SIGTERM)
@@ -101,6 +103,7 @@ def test_a_strategy_that_cannot_work_here_ends_the_server_with_one_line(
 
 
 DRIFTING = """
+import time
 from pathlib import Path
 
 from service.placement import planning
@@ -129,6 +132,7 @@ def validate(model, placement):
 
 @hookimpl
 def place_inputs(model, inputs):
+    time.sleep(0.02)  # a stream takes its time: it is still there when the test acts
     if NOW.exists():
         NOW.unlink()
         model.half()

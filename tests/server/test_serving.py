@@ -1,6 +1,7 @@
-"""One server for all: what clients and operators do to it must not stop the next request."""
+"""What clients and operators do to a server must not stop the next request. One is patient, so that
+a test that stalls is no slow client; one gives its clients a second.
+"""
 
-import contextlib
 import http.client
 import json
 import signal
@@ -18,9 +19,20 @@ THREADS = 16
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(tmp_path_factory.mktemp("server") / "log", TEST_LINGER_S="60") as running:
+        yield running.ready()
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("hasty") / "log"
     with Server(log, TEST_SOCKET_SECONDS="1") as running:
         yield running.ready()
+
+
+def answers(server: Server) -> None:
+    """Asked again if it takes the test for a slow client."""
+    wait_for("an answer", lambda: server.try_get("/ready") == 200)
 
 
 def answer(connection: socket.socket) -> bytes:
@@ -34,11 +46,9 @@ def answer(connection: socket.socket) -> bytes:
 def test_clients_that_do_not_close_do_not_delay_the_next_request(server: Server) -> None:
     request = b"GET /ready HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
     idle = [server.send(request) for _ in range(100)]
-    # All hundred stay open on our side. gunicorn itself would need 2 s for each of them.
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    with contextlib.closing(connection):
-        connection.request("GET", "/ready")
-        assert connection.getresponse().status == 200
+    # All hundred stay open on our side. gunicorn itself would need 2 s for each of them, and
+    # so longer than this waits.
+    assert server.get("/ready").status == 200
     for each in idle:
         assert answer(each).startswith(b"HTTP/1.1 200")
         each.close()
@@ -52,16 +62,16 @@ def test_clients_that_do_not_close_do_not_delay_the_next_request(server: Server)
     ],
     ids=["head", "body"],
 )
-def test_half_sent_requests_let_go_of_their_threads(server: Server, half: bytes) -> None:
-    stalled = [server.send(half) for _ in range(2 * THREADS)]
-    assert server.get("/ready").status == 200
+def test_half_sent_requests_let_go_of_their_threads(hasty: Server, half: bytes) -> None:
+    stalled = [hasty.send(half) for _ in range(2 * THREADS)]
+    answers(hasty)
     for connection in stalled:
         answer(connection)  # ends, because the server gave up
         connection.close()
 
 
-def test_a_head_that_trickles_in_for_ever_is_cut_off(server: Server) -> None:
-    connection = server.send(b"GET /ready HTTP/1.1\r\nX-Slow: ")
+def test_a_head_that_trickles_in_for_ever_is_cut_off(hasty: Server) -> None:
+    connection = hasty.send(b"GET /ready HTTP/1.1\r\nX-Slow: ")
     connection.settimeout(0.2)
 
     def ended() -> bool:
@@ -76,12 +86,12 @@ def test_a_head_that_trickles_in_for_ever_is_cut_off(server: Server) -> None:
     wait_for("the end of the connection", ended)
 
 
-def test_a_client_that_never_reads_lets_go_of_its_thread(server: Server) -> None:
+def test_a_client_that_never_reads_lets_go_of_its_thread(hasty: Server) -> None:
     wide = b"GET /wide HTTP/1.1\r\nHost: here\r\n\r\n"
-    stalled = [server.send(wide) for _ in range(THREADS)]
-    assert server.get("/ready").status == 200
-    server.logged("A client sent or read nothing for too long; its connection is closed.")
-    assert "Socket error processing request" not in server.log()  # nor its traceback
+    stalled = [hasty.send(wide) for _ in range(THREADS)]
+    answers(hasty)
+    hasty.logged("A client sent or read nothing for too long; its connection is closed.")
+    assert "Socket error processing request" not in hasty.log()  # nor its traceback
     for connection in stalled:
         connection.close()
 

@@ -13,11 +13,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from tests.server.process import ROOT
 from tests.server.process import Server
-from tests.server.process import wait_for
 from tests.server.test_web import answer
 from tests.server.test_web import chat
 from tests.server.test_web import line_of
 from tests.server.test_web import post
+from tests.server.test_web import ready
 from tests.server.test_web import serving
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -82,11 +82,6 @@ def collecting(*, stuck: bool = False) -> Iterator[Collector]:
             thread.join()
 
 
-def ready(server: Server) -> Server:
-    wait_for("readiness", lambda: server.port and server.try_get("/health/ready") == 200)
-    return server
-
-
 def ask(server: Server, request_id: str) -> None:
     more = (f"X-Request-Id: {request_id}", f"traceparent: 00-{TRACE}-b7ad6b7169203331-01")
     connection = server.send(post("/v1/chat/completions", chat(stream=True), *more))
@@ -99,7 +94,8 @@ def ask(server: Server, request_id: str) -> None:
 def test_spans_are_sent_when_the_server_stops_and_the_master_has_no_thread(tmp_path: Path) -> None:
     with collecting() as collector:
         where = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, **NEVER_BY_ITSELF}
-        with serving(tmp_path, OTEL_SERVICE_NAME="mine", **where) as server:
+        patient = {"TEST_FAREWELL_S": "60", "TEST_FLUSH_S": "60"}
+        with serving(tmp_path, OTEL_SERVICE_NAME="mine", **where, **patient) as server:
             ask(ready(server), "r1")
             assert psutil.Process(server.process.pid).num_threads() == 1
             assert not collector.asked.is_set()

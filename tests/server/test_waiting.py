@@ -1,14 +1,17 @@
 """Requests that have to wait, or may not: comments in streams, deadlines, when to come back."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 
+from tests.faults.control import Control
+from tests.faults.serving import faulty
 from tests.server.process import Server
-from tests.server.process import wait_for
 from tests.server.test_real_app import CONF
 from tests.server.test_real_app import chat as answer_of
 from tests.server.test_real_app import ready
@@ -30,8 +33,7 @@ LONG = {"max_tokens": 450, "extra_body": {"ignore_eos": True}}
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("slow")
     with serving(folder, FAKE_ENGINE="slow", FAKE_PAUSE_S="0.1") as server:
-        wait_for("an answer", lambda: server.port and server.try_get("/health/ready") == 200)
-        yield server
+        yield ready(server)
 
 
 def test_a_stream_that_waits_for_its_first_token_says_so_in_comments(slow: Server) -> None:
@@ -58,14 +60,20 @@ def test_the_official_client_does_not_notice_the_comments(slow: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("narrow")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("narrow")
+
+
+@pytest.fixture(scope="module")
+def narrow(folder: Path) -> Iterator[Server]:
     model = save_tiny(folder / "tiny")
-    (folder / "moorage.yaml").write_text(
-        "version: 1\n"
-        "server: {bind: '127.0.0.1:0', threads: 16, max_queue: 0, grace_s: 5}\n"
-        f"deployments: {{here: {{model: {model}, max_context: 512, max_sequences: 1}}}}\n"
-    )
+    words = {"model": str(model), "max_context": 512, "max_sequences": 1}
+    document = {
+        "version": 1,
+        "server": {"bind": "127.0.0.1:0", "threads": 16, "max_queue": 0, "grace_s": 5},
+        "deployments": {"here": words | faulty(folder)},
+    }
+    (folder / "moorage.yaml").write_text(json.dumps(document))  # JSON is YAML
     with Server(folder / "log", conf=CONF, cwd=folder) as server:
         yield ready(server)
 
@@ -78,12 +86,13 @@ def client(narrow: Server) -> Iterator[OpenAI]:
 
 
 def test_when_all_places_are_taken_the_answer_says_when_to_come_back(
-    narrow: Server, client: OpenAI
+    narrow: Server, client: OpenAI, folder: Path
 ) -> None:
     running = answer_of(narrow, 450)
-    next(running)
-    with pytest.raises(openai.RateLimitError) as refused:
-        client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1)
+    with Control.of(folder).during(forward={"do": "hold"}):
+        next(running)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1)
     assert 1 <= int(refused.value.response.headers["Retry-After"]) <= 60
     for _ in running:
         pass

@@ -1,17 +1,15 @@
 """The real web room around a fake engine, for a real gunicorn.
 
-FAKE_ENGINE: "" answers at once; "hang" never ends an answer; "slow" begins after a second.
+FAKE_ENGINE: "" answers at once; "hang" never ends an answer; "slow" has nothing for a while.
 FAKE_PAUSE_S: between comments in streams.
 """
 
 import os
-import threading
-from collections.abc import Iterable
+import time
 
 from flask import Flask
 
 from service.config.schema import Config
-from service.engine.params import SamplingParams
 from service.engine.sequence import Stream
 from service.web import sse
 from service.web import tracing
@@ -20,20 +18,26 @@ from tests.support.fake_deployment import FakeDeployment
 from tests.support.fake_deployment import FakeServing
 from tests.support.fake_engine import FakeEngine
 
-DELAY_S = 1.0
+TIMES = 4
 
 
-class SlowEngine(FakeEngine):
-    """Waits before it plays."""
+class SlowStream(Stream):
+    """Has nothing the first times somebody waits for it."""
 
-    def _play(self, stream: Stream, params: SamplingParams, answer: Iterable[int]) -> None:
-        play = super()._play
-        threading.Timer(DELAY_S, lambda: play(stream, params, answer)).start()
+    times = 0
+
+    def read(self, timeout_s: float | None = None) -> list[int]:
+        self.times += 1
+        if self.times <= TIMES:
+            time.sleep(timeout_s or 0)
+            raise TimeoutError
+        return super().read(timeout_s)
 
 
 def build(config: Config) -> Flask:
     how = os.environ.get("FAKE_ENGINE")
     sse.HEARTBEAT_S = float(os.environ.get("FAKE_PAUSE_S", sse.HEARTBEAT_S))
-    engine = SlowEngine() if how == "slow" else FakeEngine(hang=how == "hang")
+    stream = SlowStream if how == "slow" else Stream
+    engine = FakeEngine(hang=how == "hang", stream=stream)
     deployment = FakeDeployment(config, model=FakeServing(engine=engine))
     return create_app(deployment, tracing.start(config))

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 from service.errors import ConfigError
 from service.errors import PlacementMismatch
 from service.errors import PlacementUnavailable
-from service.placement import footprint
+from service.placement import cutting
 from service.placement import registry
 from service.placement.certificate import Certificate
 from service.placement.certificate import certify
 from service.placement.hardware import Hardware
 from service.placement.loading import Loaded
+from service.placement.overhead import CPU_KERNELS
 from service.placement.registry import Strategy
 from tests.support.planned import GIB
 from tests.support.planned import MIB
@@ -110,7 +111,8 @@ def test_validate_names_a_tensor_that_was_moved(folder: Path):
 @pytest.mark.parametrize("which", ["folder", "tied"])
 def test_a_model_partly_on_disk_answers_as_one_in_ram(which: str, request: pytest.FixtureRequest):
     folder = request.getfixturevalue(which)
-    changes = {"on_no_fit": "offload-disk", "max_memory": {"cpu": 2 * MIB}, "max_sequences": 1}
+    room = 2 * MIB + CPU_KERNELS
+    changes = {"on_no_fit": "offload-disk", "max_memory": {"cpu": room}, "max_sequences": 1}
     loaded, certificate = served("auto-shard", folder, **changes)
     on_disk = [n for n, device in loaded.placement.module_map.items() if device == "disk"]
     assert "model.layers.11" in on_disk
@@ -123,7 +125,8 @@ def test_a_model_partly_on_disk_answers_as_one_in_ram(which: str, request: pytes
 
 def test_offload_that_was_not_planned_is_refused(folder: Path):
     """The same map, loaded under a plan that does not say so (F12)."""
-    changes = {"on_no_fit": "offload-disk", "max_memory": {"cpu": 2 * MIB}, "max_sequences": 1}
+    room = 2 * MIB + CPU_KERNELS
+    changes = {"on_no_fit": "offload-disk", "max_memory": {"cpu": room}, "max_sequences": 1}
     loaded, _ = served("auto-shard", folder, **changes)
     silent = replace(loaded, placement=replace(loaded.placement, allows=frozenset()))
     failure = certify(silent).failure()
@@ -211,5 +214,5 @@ def test_a_quantised_load_takes_what_was_planned(folder: Path, quantize: str):
     """Less the code tables, which bitsandbytes drops when it packs a layer for the CPU."""
     loaded, certificate = served("auto-shard", folder, quantize=quantize)
     planned, found = loaded.placement.memory["cpu"].weights, certificate.devices["cpu"]
-    tables = 0 if quantize == "int8" else certificate.quantized_linears * footprint.TABLES
+    tables = 0 if quantize == "int8" else certificate.quantized_linears * cutting.TABLES
     assert planned - tables <= found <= planned

@@ -29,7 +29,8 @@ class FakeEngine:
     """Says `answer` (token ids), cut at max_tokens and at the first of stop_ids.
 
     refuse: raised by submit_all. fail: the stream ends with it after the answer. hang: the answer
-    never ends. embed: gives the embedding of a prompt, for those that want one.
+    never ends. embed: gives the embedding of a prompt, for those that want one. stream: makes the
+    streams.
     """
 
     answer: Sequence[int] = tuple(b"Hello")
@@ -37,6 +38,7 @@ class FakeEngine:
     fail: ServiceError | None = None
     hang: bool = False
     embed: Callable[[Sequence[int]], bytes] = lambda ids: b""
+    stream: Callable[[int], Stream] = Stream
     submissions: list[Submission] = field(default_factory=list)
 
     def submit_all(
@@ -50,7 +52,7 @@ class FakeEngine:
             raise self.refuse
         streams = []
         for ids, params in prompts:
-            stream = Stream(len(ids))
+            stream = self.stream(len(ids))
             stream.admitted_at = time.monotonic()
             self.submissions.append(Submission(list(ids), params, deadline, stream, owner))
             if params.pooled and self.fail is None:

@@ -17,7 +17,11 @@ from typing import Any
 
 import requests
 
+from tests.support.dying import with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 180.0
+"""Of anything that is waited for. Reached only when something is broken."""
 MOORAGE = (sys.executable, "-m", "service.cli", "serve")
 GUNICORN = (sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"))
 
@@ -45,27 +49,27 @@ class Server:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def url(self, timeout_s: float = 60) -> str:
+    def url(self, timeout_s: float = LIMIT_S) -> str:
         """http://127.0.0.1:PORT as soon as it listens."""
         found = _wait(lambda: re.search(r"Listening at: (http://\S+)", self.text), self, timeout_s)
         return str(found[1])
 
-    def curl(self, timeout_s: float = 60) -> list[str]:
+    def curl(self, timeout_s: float = LIMIT_S) -> list[str]:
         """The command of the ready line, which is written just after readiness."""
         found = _wait(lambda: re.search(r"try: (curl .*)\n", self.text), self, timeout_s)
         return [*shlex.split(found[1]), "--silent"]
 
-    def wait_ready(self, timeout_s: float = 180) -> str:
+    def wait_ready(self, timeout_s: float = LIMIT_S) -> str:
         """Wait for readiness and return the address."""
         url = self.url()
         _wait(lambda: _get(f"{url}/health/ready").status_code == 200, self, timeout_s)
         return url
 
-    def wait_exit(self, timeout_s: float = 120) -> int:
+    def wait_exit(self, timeout_s: float = LIMIT_S) -> int:
         return self.process.wait(timeout_s)
 
     def post(self, path: str, body: Mapping[str, Any], **kwargs: Any) -> requests.Response:
-        return requests.post(f"{self.url()}{path}", json=body, timeout=120, **kwargs)
+        return requests.post(f"{self.url()}{path}", json=body, timeout=LIMIT_S, **kwargs)
 
     def placement(self) -> dict[str, Any]:
         document: dict[str, Any] = _get(f"{self.url()}/placement").json()
@@ -92,7 +96,7 @@ def running(
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            (*command, *arguments),
+            with_parent(os.getpid(), *command, *arguments),
             cwd=folder,
             env=environment(MOORAGE_BIND="127.0.0.1:0", **extra),
             stdout=output,
@@ -123,7 +127,7 @@ def events(response: requests.Response) -> list[dict[str, Any]]:
 
 
 def _get(url: str) -> requests.Response:
-    return requests.get(url, timeout=30)
+    return requests.get(url, timeout=LIMIT_S)
 
 
 def _wait(probe: Any, server: Server, timeout_s: float) -> Any:

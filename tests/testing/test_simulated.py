@@ -175,27 +175,25 @@ def test_a_plan_without_accelerators_is_not_applicable(
 def test_planted_faults_are_caught_with_modules_and_devices(tmp_path: Path):
     plain, tied = job(tmp_path / "m"), job(tmp_path / "tied", tie=True)
     block = "model.layers.1"
-    halves = {
-        f"{block}.input_layernorm": 0,
-        f"{block}.self_attn": 0,
-        f"{block}.post_attention_layernorm": 1,
-        f"{block}.mlp": 1,
-    }
+    # a tensor is no module, so nothing moves to it what its module is given
+    norm = f"{block}.input_layernorm"
+    rest = (f"{block}.self_attn", f"{block}.post_attention_layernorm", f"{block}.mlp")
+    apart = {f"{norm}.weight": 1, **dict.fromkeys(rest, 0)}
     jobs = [
-        mapped(plain, halves, without=(block,)),
+        mapped(plain, apart, without=(block,)),
         mapped(tied, {"lm_head": 1}),
         mapped(plain, {}, without=("model.norm",)),
     ]
-    split, head, norm = simulate_all(jobs)
-    assert [found.status for found in (split, head, norm)] == ["refuted"] * 3
-    assert split.message == f"{block} mixes cuda:0 and cuda:1 in one operation (add)"
-    assert split.tensors == (block,)
+    mixed, head, lost = simulate_all(jobs)
+    assert [found.status for found in (mixed, head, lost)] == ["refuted"] * 3
+    assert mixed.message == f"{norm} mixes cuda:0 and cuda:1 in one operation (mul)"
+    assert mixed.tensors == (norm,)
     assert head.failure_class == "F8"
     assert head.tensors == ("lm_head.weight", "model.embed_tokens.weight")
-    assert norm.failure_class == "F10"
-    assert "model.norm.weight" in norm.message
+    assert lost.failure_class == "F10"
+    assert "model.norm.weight" in lost.message
     assert all(found.error is not None and found.error.exit_status == 8 for found in
-               (split, head, norm))  # fmt: skip
+               (mixed, head, lost))  # fmt: skip
 
 
 @FORKED

@@ -45,10 +45,6 @@ WRONG = {
     ),
     "inputs_on_meta": ("place-inputs-keeps-inputs", "put input_ids on meta"),
     "keeps_the_model": ("release-lets-the-model-die", "KEPT in keeps_the_model.py holds it"),
-    "splits_a_layer": (
-        "works-on-simulated-accelerators",
-        "model.layers.1 mixes cuda:0 and cuda:1 in one operation (add)",
-    ),
     "tied_head_on_the_last_card": (
         "works-on-simulated-accelerators",
         "lm_head.weight on cuda:1 and model.embed_tokens.weight on cuda:0 are one tensor (F8)",

@@ -88,7 +88,7 @@ def test_another_model_is_404(client, name):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat", "/v1/models/", "//health/live", "/favicon.ico", "/%ff%00"]
+    "path", ["/page", "/v1", "/v1/chat", "/v1/models/", "//health/live", "/favicon.ico", "/%ff%00"]
 )
 def test_an_unknown_path_is_404_in_json(client, path):
     found = client.get(path, headers={"Host": "localhost"})  # or //health would be the host
@@ -146,7 +146,7 @@ def test_with_keys_everything_but_health_needs_one(make_client):
     client = make_client(api_keys=["first", "sécond"])
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").status_code == 200
-    for path in ("/v1/models", f"/v1/models/{MODEL_ID}", "/placement", "/", "/health/live/x"):
+    for path in ("/v1/models", f"/v1/models/{MODEL_ID}", "/placement", "/health/live/x"):
         response = client.get(path)
         assert error_of(response, 401)["code"] == "invalid_api_key"
         assert response.headers["WWW-Authenticate"] == "Bearer"

@@ -101,11 +101,11 @@ def test_keys_are_asked_for_where_the_document_says_so(path, method):
     assert DOCUMENT["paths"][path][method]["security"] == []
 
 
-def test_what_needs_no_key_is_health_and_the_files_of_a_page():
+def test_what_needs_no_key_is_health_and_the_files_of_the_pages():
     item = document(api_keys=["k"])["paths"]
     free = {path for path, of in item.items() if any(not o["security"] for o in of.values())}
-    page = {path for path in item if path == "/docs" or path.startswith("/docs/")}
-    assert free == {"/health", "/health/live", "/health/ready"} | page
+    pages = {path for path in item if path == "/docs" or path.startswith("/docs/")}
+    assert free == {"/health", "/health/live", "/health/ready", "/", "/page/{name}"} | pages
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from service.engine.params import SamplingParams
 from service.engine.runner import Runner
 from service.errors import PlacementDrifted
 from service.web.app import create_app
+from tests.engine.scripted import Gate
 from tests.support.fake_deployment import FakeDeployment
 from tests.support.fake_deployment import FakeServing
 from tests.support.fake_deployment import fake_config
@@ -29,9 +30,29 @@ CONTEXT = 400
 MODEL = tiny_model()
 
 
+class Hold:
+    """Where a test holds the steps of the engine: those from the next on wait at its gate."""
+
+    gate: Gate | None = None
+
+    def begin(self) -> Gate:
+        self.gate = Gate()
+        return self.gate
+
+    def step(self) -> None:
+        if self.gate is not None:
+            self.gate(None)
+
+
 @pytest.fixture
-def engine() -> Iterator[Engine]:
+def hold() -> Hold:
+    return Hold()
+
+
+@pytest.fixture
+def engine(hold: Hold) -> Iterator[Engine]:
     def place_inputs(model: object, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        hold.step()
         return dict(inputs)
 
     engine = Engine(Runner(MODEL, place_inputs, max_context=CONTEXT, max_sequences=4), max_queue=8)
@@ -85,10 +106,12 @@ def test_a_token_outside_the_vocabulary_is_400(make_client):
     assert error_of(response, 400)["param"] == "prompt"
 
 
-def test_more_prompts_than_the_queue_has_room_for_now_is_429(make_client, engine):
+def test_more_prompts_than_the_queue_has_room_for_now_is_429(make_client, engine, hold):
+    gate = hold.begin()
     long = SamplingParams(max_tokens=CONTEXT - 1)
     others = [engine.submit([97], long) for _ in range(6)]
     response = make_client().post(COMPLETIONS, json=completion_body(prompt=["a"] * 8))
+    gate.open()
     error_of(response, 429)
     assert response.headers["Retry-After"].isdigit()
     for stream in others:
@@ -111,13 +134,15 @@ def test_a_stream_that_is_closed_frees_its_place_in_the_engine(make_client, engi
     assert engine.stats().kv_tokens == 0
 
 
-def test_a_blocking_request_whose_client_leaves_frees_its_place(make_client, engine, monkeypatch):
+def test_a_blocking_request_whose_client_leaves_frees_its_place(
+    make_client, engine, hold, monkeypatch
+):
     monkeypatch.setattr("service.web.generation.TICK_S", 0.001)
     ours, theirs = socket.socketpair()
+    gate = hold.begin()
 
     def leave_when_running() -> None:
-        while not engine.stats().running:
-            time.sleep(0.0005)
+        gate.wait_inside()
         theirs.close()
 
     leaver = threading.Thread(target=leave_when_running)
@@ -126,6 +151,7 @@ def test_a_blocking_request_whose_client_leaves_frees_its_place(make_client, eng
     response = make_client().post(
         COMPLETIONS, json=body, environ_overrides={"gunicorn.socket": ours}
     )
+    gate.open()
     leaver.join()
     ours.close()
     assert response.status_code == 499
@@ -144,19 +170,22 @@ def test_a_stop_string_frees_the_place_of_its_sequence(make_client, engine):
     wait_until_idle(engine)
 
 
-def test_a_model_that_changes_ends_a_stream_with_an_event_that_says_so(make_client, engine):
+def test_a_model_that_changes_ends_a_stream_with_an_event_that_says_so(make_client, engine, hold):
     drift = PlacementDrifted(
         "the model changed while serving (F18): lm_head.weight was float32, is float16",
         failure_class="F18",
         tensors=["lm_head.weight"],
     )
     engine.look_with(lambda thorough: drift)
+    gate = hold.begin()
     body = completion_body(stream=True, max_tokens=CONTEXT - 2, ignore_eos=True)
     response = make_client().post(COMPLETIONS, json=body)
     assert response.status_code == 200
     chunks = response.iter_encoded()
+    gate.let_one_go()
     first = next(chunks)
     engine.inspect(0.0)
+    gate.open()
     *_, last = events((first + b"".join(chunks)).decode())
     assert last["error"]["code"] == "placement_drifted"
     assert last["error"]["failure_class"] == "F18"
@@ -164,16 +193,17 @@ def test_a_model_that_changes_ends_a_stream_with_an_event_that_says_so(make_clie
     assert "was float32, is float16" in last["error"]["message"]
 
 
-def test_a_model_that_changes_ends_a_blocking_request_with_503(make_client, engine):
+def test_a_model_that_changes_ends_a_blocking_request_with_503(make_client, engine, hold):
     def look(thorough: bool) -> PlacementDrifted:
         return PlacementDrifted("the model changed while serving")
 
     engine.look_with(look)
+    gate = hold.begin()
 
     def look_when_running() -> None:
-        while not engine.stats().running:
-            time.sleep(0.0005)
+        gate.wait_inside()
         engine.inspect(0.0)
+        gate.open()
 
     looker = threading.Thread(target=look_when_running)
     looker.start()
