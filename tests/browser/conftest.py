@@ -33,7 +33,8 @@ VIOLATIONS = """
 """
 
 
-@pytest.fixture(scope="session")
+# one for a file: Playwright runs an event loop in this thread as long as it lives
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     program = chromium.found()
     if program is None:
