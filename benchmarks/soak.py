@@ -5,9 +5,10 @@
 A tenth of the time, a minute at most, is warm-up: threads are started, allocators find their size.
 At the end, when all clients have gone, sequences and KV tokens in use must be 0, and threads and
 files no more than in the first half: a pool of threads grows by one when more requests than ever
-come together, which is rarer with each that it has; a leak goes on. Memory (RSS) is judged by its median over the last fifth
-of the time against that over the first fifth after the warm-up: it may be 5 % and 16 MiB more. A
-leak grows with time and so moves the median; what one large request takes does not.
+come together, which is rarer with each that it has; a leak goes on. Memory (RSS) is judged by its
+median over the last fifth of the time against that over the first fifth after the warm-up: it may
+be 5 % and 16 MiB more. A leak grows with time and so moves the median; what one large request
+takes does not.
 """
 
 import argparse
