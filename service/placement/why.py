@@ -88,13 +88,17 @@ def reason(device: str, hardware: Hardware, placement: Placement) -> str:
 
 def _runs(device: str, placement: Placement) -> bool:
     """Whether a device computes, rather than only stores offloaded weights."""
-    planned = placement.memory.get(device, DeviceMemory())
-    return device == placement.main_device or planned.kv > 0
+    return device == placement.main_device or _planned(device, placement).kv > 0
 
 
 def _left(device: str, hardware: Hardware, placement: Placement) -> int:
     free = {gpu.id: gpu.free_bytes for gpu in hardware.gpus} | {"cpu": hardware.cpu.free_bytes}
-    return free.get(device, 0) - placement.memory[device].total
+    return free.get(device, 0) - _planned(device, placement).total
+
+
+def _planned(device: str, placement: Placement) -> DeviceMemory:
+    """Nothing for a device that a strategy names without saying what is there."""
+    return placement.memory.get(device, DeviceMemory())
 
 
 def _moves(

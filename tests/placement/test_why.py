@@ -1,5 +1,6 @@
 """Why a module is where it is, and what would move it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from service.placement import registry
 from service.placement.plan import device_of
 from service.placement.why import Reason
 from service.placement.why import explain_module
+from service.placement.why import reason
 from tests.support.planned import LLAMA_70B
 from tests.support.planned import cards
 from tests.support.planned import model_config
@@ -64,3 +66,12 @@ def test_where_one_device_computes_there_is_nothing_to_explain(folder: Path):
 def test_an_unknown_module_is_refused_with_a_suggestion(folder: Path):
     with pytest.raises(ValueError, match=r"no module model\.layer\.3; did you mean 'model\.layers"):
         explained(folder, "model.layer.3", ram(512 * GIB))
+
+
+def test_a_device_of_which_the_plan_says_nothing_is_no_obstacle(folder: Path):
+    """A strategy of one's own may name a main device and give no numbers for it."""
+    two = cards(24 * GIB, 24 * GIB)
+    config = model_config(folder, strategy="auto-shard", quantize="nf4", max_context=8192)
+    plan = registry.build().select("auto-shard").plan(config, two)
+    memory = {device: plan.memory[device] for device in plan.memory if device != plan.main_device}
+    assert "cuda:1" in reason("cuda:1", two, replace(plan, memory=memory))
