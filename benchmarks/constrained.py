@@ -10,9 +10,9 @@ them decode; the ratio is of the two halves of a run, which take turns in going 
 import argparse
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks import figures
@@ -25,7 +25,7 @@ from benchmarks.servers import free_port
 from benchmarks.settings import say
 from service.cli import asking
 from service.cli.timing import Answer
-from service.errors import NoAnswer
+from service.cli.timing import closed_loop
 
 CONTEXT = 1024
 LENGTHS = workload.Lengths((64, 128), (160, 160))
@@ -98,16 +98,7 @@ def half(server: Server, model: str, streams: int, run: int, *, bound: bool) -> 
         form = {"name": "staff", "strict": True, "schema": STAFF}
         chats[-1]["response_format"] = {"type": "json_schema", "json_schema": form}
         del chats[-1]["ignore_eos"]
-    answers = [Answer(time.perf_counter()) for _ in chats]
-    clients = asking.Server(server.url)
-    threads = [
-        threading.Thread(target=stream, args=(clients, chat, answer), daemon=True)
-        for chat, answer in zip(chats, answers, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = closed_loop(chats, streams, partial(stream, asking.Server(server.url)))
     if failed := [answer.error for answer in answers if answer.error]:
         raise RuntimeError(f"{len(failed)} of {streams} chats failed: {failed[0]}")
     seconds = figures.step_s(shared(answers))
@@ -126,10 +117,7 @@ def shared(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def stream(server: asking.Server, chat: dict[str, Any], answer: Answer) -> None:
-    """One chat; an error is noted in the answer. A thread of its own."""
-    try:
-        for event in server.stream("/chat/completions", chat):
-            if any(choice["delta"].get("content") for choice in event["choices"]):
-                answer.times.append(time.perf_counter())
-    except NoAnswer as error:
-        answer.error = str(error)
+    """One chat. Raises NoAnswer."""
+    for event in server.stream("/chat/completions", chat):
+        if any(choice["delta"].get("content") for choice in event["choices"]):
+            answer.times.append(time.perf_counter())
