@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import requests
 
+from tests.support.dying import end
 from tests.support.dying import with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,12 +110,7 @@ def running(
         sys.stderr.write(server.text[-6000:])
         raise
     finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(40)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         process.wait(10)
 
 

@@ -5,7 +5,6 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.dying import end
+from tests.support.dying import with_parent
 from tests.support.server import environment
 
 MOORAGE = (sys.executable, "-m", "service.cli")
@@ -102,7 +103,16 @@ def on_terminal(
     kept = {k: v for k, v in environment(**own).items() if k not in ("NO_COLOR", "COLUMNS")}
     name = os.ttyname(slave)
     process = subprocess.Popen(
-        (sys.executable, "-c", ON_TERMINAL, name, errors or name, *MOORAGE, *words),
+        with_parent(
+            os.getpid(),
+            sys.executable,
+            "-c",
+            ON_TERMINAL,
+            name,
+            str(errors or name),
+            *MOORAGE,
+            *words,
+        ),
         cwd=cwd,
         env={**kept, **(env or {})},
         start_new_session=True,
@@ -111,11 +121,6 @@ def on_terminal(
     try:
         yield terminal
     finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(40)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         terminal.wait(10)
         os.close(master)
