@@ -16,6 +16,7 @@ import typer
 from service.cli import options
 from service.cli import terminal
 from service.config.environment import forbid_colours
+from service.config.environment import process_environment
 from service.errors import ConfigError
 from service.errors import ServiceError
 
@@ -145,6 +146,4 @@ def _is_numbers(column: Sequence[str]) -> bool:
 
 
 def _debug() -> bool:
-    from service.config.environment import process_environment
-
     return bool(process_environment().get("MOORAGE_DEBUG"))

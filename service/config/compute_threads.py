@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 KEPT_KERNELS = 64
-"""oneDNN makes a kernel for each shape of a product, of one to three MB, and would keep 1,024."""
+"""oneDNN makes a kernel for each shape of a product, of 0.5 to 3 MB, and would keep 1,024."""
 
 
 def compute_environment(cores: int) -> dict[str, str]:

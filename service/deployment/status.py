@@ -13,6 +13,7 @@ from service.config.schema import Config
 from service.config.schema import ModelConfig
 from service.deployment.serving import Serving
 from service.deployment.tried import Tried
+from service.engine.doing import described
 from service.engine.stats import EngineStats
 from service.errors import ServiceError
 from service.placement.describe import NOT_WATCHED
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 2.0
 # what is known of the engine before there is one
-NOT_SERVING: dict[str, object] = dict.fromkeys(("path", "why", "graphs", "kv_reserved", "hangs"))
+NOT_SERVING = described(None, None)
 # after these nothing begins: a hook that hung and has come back must not undo them
 ENDS = ("failed", "draining")
 
