@@ -1,13 +1,20 @@
 """CUDA: an 8B shape with random weights, ours against transformers' continuous batching.
 
-python -m benchmarks gpu [--layers 32] [--streams 1,8,64,256] [--peers 1,8,64,256] [--json FILE]
+    python -m benchmarks gpu [--layers 32] [--streams 1,8,64,256] [--runs 3] [--json FILE]
+
+Short prompts (128 tokens, answers of 256) for both; for ours also long prompts (2,048, answers of
+128), prompts with and without a common beginning, and how long newcomers wait beside others.
+Answers are greedy and never end early. What warms up is not counted.
 """
 
 import argparse
 import gc
-import json
 import time
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +23,63 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig
 from transformers import PreTrainedModel
 
+from benchmarks import figures
+from benchmarks import results
+from benchmarks.engine import wait_times
+from benchmarks.measuring import Measured
 from benchmarks.measuring import random_prompts
 from benchmarks.measuring import run
+from benchmarks.peers import InProcess
+from benchmarks.settings import say
+from benchmarks.workload import ids
 from service.engine.engine import Engine
 from service.engine.runner import Runner
 
-PROMPT, OUTPUT = 128, 256
+OURS = "moorage"
+PEER = "transformers continuous batching"
+# tokens of prompt and answer
+SHORT, LONG = (128, 256), (2048, 128)
+LONG_STREAMS = (1, 8, 64)
+# sequences of so many tokens, most of them the same, and answers of so many
+SHARED_STREAMS, SHARED, OWN, SHARED_ANSWER = 64, 1024, 64, 128
+LATENCY_STREAMS, LATENCY_ANSWER, LATENCY_PROMPT = 32, 640, 4096
+VOCABULARY = 100_000
+WARM_ANSWER = 16
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--layers", type=int, default=32)
+    made.add_argument("--streams", default="1,8,64,256", help="of short prompts; ours")
+    made.add_argument("--peers", default="1,8,64,256", help="the same; theirs, once each")
+    made.add_argument("--runs", type=int, default=3, help="of ours")
+    made.add_argument(
+        "--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to measure"
+    )
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, save JSON after every part. Returns the exit status."""
+    options = parser().parse_args(arguments)
+    settings = {name: str(value) for name, value in vars(options).items() if name != "json"}
+    result = results.begin("gpu", settings)
+    result["device"] = torch.cuda.get_device_name(0)
+    result["engines"] = {OURS: _versions(), PEER: _versions()}
+    model = model_8b(options.layers)
+    result["copy_bytes_per_s"] = copy_rate()
+    for name in options.only:
+        PARTS[name](model, options, result)
+        if options.json:
+            results.save(options.json, result)
+    say(table(result))
+    return 0
 
 
 def model_8b(layers: int) -> PreTrainedModel:
@@ -47,31 +105,12 @@ def model_8b(layers: int) -> PreTrainedModel:
 def place_on_cuda(
     *, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
+    """The hook of a strategy that has the whole model on cuda:0."""
     return {name: tensor.to("cuda:0", non_blocking=True) for name, tensor in inputs.items()}
 
 
-def ours(model: PreTrainedModel, streams: list[int], context: int) -> list[dict[str, Any]]:
-    """Measured once each, after one run that is not counted."""
-    runner = Runner(model, place_on_cuda, max_context=context, max_sequences=max(streams))
-    engine = Engine(runner, max_queue=1024)
-    began = time.perf_counter()
-    engine.start()
-    print(f"ours: ready after {time.perf_counter() - began:.1f} s, {engine.path}", flush=True)
-    rows = []
-    try:
-        for count in streams:
-            run(engine, random_prompts(count, PROMPT, 100_000, seed=count), 16)
-            prompts = random_prompts(count, PROMPT, 100_000, seed=1000 + count)
-            found = run(engine, prompts, OUTPUT)
-            rows.append({"engine": "moorage", "streams": count, **vars(found)})
-            print(rows[-1], flush=True)
-    finally:
-        engine.close()
-    return rows
-
-
-def floor(model: PreTrainedModel) -> float:
-    """Steps a second if only the weights had to be read, at the rate of a large copy."""
+def copy_rate() -> float:
+    """Bytes a second that a large copy reads and writes."""
     big = torch.empty(2**31, dtype=torch.uint8, device="cuda:0")
     other = torch.empty_like(big)
     for _ in range(3):
@@ -82,33 +121,73 @@ def floor(model: PreTrainedModel) -> float:
         other.copy_(big)
     torch.cuda.synchronize()
     rate = 10 * 2 * 2**31 / (time.perf_counter() - began)
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    weights -= model.get_input_embeddings().weight.numel() * 2
-    print(f"copy rate {rate / 1e12:.2f} TB/s, floor {rate / weights:.0f} steps/s", flush=True)
-    return float(rate / weights)
+    say(f"copies move {rate / 1e12:.2f} TB/s")
+    return rate
 
 
-def peers(model: PreTrainedModel, streams: list[int]) -> list[dict[str, Any]]:
+def short(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Ours at all numbers of streams, run by run."""
+    streams = [int(word) for word in options.streams.split(",")]
+    with serving(model, sum(SHORT) + 128, max(streams), result) as engine:
+        for number in range(options.runs):
+            for count in streams:
+                row = measure(engine, SHORT, count, number)
+                add(result, model, OURS, "short", count, number, row)
+
+
+def long(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Ours with long prompts."""
+    with serving(model, sum(LONG) + 128, max(LONG_STREAMS), result) as engine:
+        for number in range(options.runs):
+            for count in LONG_STREAMS:
+                row = measure(engine, LONG, count, number)
+                add(result, model, OURS, "long", count, number, row)
+
+
+def shared(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Prompts that begin alike, and as many that do not."""
+    lengths = SHARED + OWN, SHARED_ANSWER
+    with serving(model, sum(lengths) + 128, SHARED_STREAMS, result) as engine:
+        for number in range(options.runs):
+            row = measure(engine, lengths, SHARED_STREAMS, number)
+            add(result, model, OURS, "nothing in common", SHARED_STREAMS, number, row)
+            (common,) = random_prompts(1, SHARED, VOCABULARY, seed=5000 + number)
+            own = random_prompts(SHARED_STREAMS, OWN, VOCABULARY, seed=6000 + number)
+            row = run(engine, [common + rest for rest in own], SHARED_ANSWER)
+            add(result, model, OURS, "common beginning", SHARED_STREAMS, number, row)
+
+
+def latency(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """First tokens of newcomers beside running streams, and what they cost those."""
+    asked = argparse.Namespace(
+        latency=LATENCY_STREAMS, long_prompt=LATENCY_PROMPT, latency_answer=LATENCY_ANSWER
+    )
+    context = LATENCY_PROMPT + LATENCY_ANSWER
+    with serving(model, context, LATENCY_STREAMS + 1, result) as engine:
+        result["latency"] = wait_times(asked, InProcess(engine), ids)
+    say(str(result["latency"]))
+
+
+def peers(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """transformers' continuous batching with CUDA graphs and 4,096 tokens a batch: its best."""
     from transformers import ContinuousBatchingConfig
     from transformers import GenerationConfig
 
-    rows = []
-    for count in streams:
+    prompt, answer = SHORT
+    for count in [int(word) for word in options.peers.split(",")]:
         settings = ContinuousBatchingConfig(
             use_cuda_graph=True, max_batch_tokens=4096, max_memory_percent=0.4
         )
         config = GenerationConfig(
-            max_new_tokens=OUTPUT, do_sample=False, eos_token_id=-1, pad_token_id=2
+            max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=2
         )
         for warm in (True, False):
-            prompts = random_prompts(count, PROMPT, 100_000, seed=count + warm)
             began = time.perf_counter()
             outputs = model.generate_batch(
-                inputs=prompts,
+                inputs=random_prompts(count, prompt, VOCABULARY, seed=count + warm),
                 generation_config=config,
                 continuous_batching_config=settings,
-                max_new_tokens=16 if warm else OUTPUT,
+                max_new_tokens=WARM_ANSWER if warm else answer,
                 record_timestamps=True,
             )
             seconds = time.perf_counter() - began
@@ -117,41 +196,106 @@ def peers(model: PreTrainedModel, streams: list[int]) -> list[dict[str, Any]]:
         start, end = max(s[0] for s in stamps), min(s[-1] for s in stamps)
         inside = sum(sum(start < at <= end for at in s) for s in stamps)
         steady = inside / (end - start) if end > start else total / seconds
-        rows.append(
-            {
-                "engine": "transformers continuous batching",
-                "streams": count,
-                "rate": total / seconds,
-                "steady": steady,
-                "seconds": seconds,
-            }
-        )
-        print(rows[-1], flush=True)
+        found = Measured(total / seconds, steady, seconds)
+        add(result, model, PEER, "short", count, 0, found)
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks gpu", description=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--streams", default="1,8,64,256")
-    parser.add_argument("--peers", default="1,8,64,256")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
-    streams = [int(word) for word in args.streams.split(",")]
-    model = model_8b(args.layers)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "floor": floor(model),
-        "rows": ours(model, streams, PROMPT + OUTPUT + 128),
+@contextmanager
+def serving(
+    model: PreTrainedModel, context: int, streams: int, result: dict[str, Any]
+) -> Iterator[Engine]:
+    """Our engine over the model, and how long it took and what it kept to get ready."""
+    runner = Runner(model, place_on_cuda, max_context=context, max_sequences=streams)
+    engine = Engine(runner, max_queue=1024)
+    began, free = time.perf_counter(), torch.cuda.mem_get_info(0)[0]
+    engine.start()
+    took, reserved = time.perf_counter() - began, torch.cuda.memory_reserved(0)
+    kept = {
+        "context": context,
+        "streams": streams,
+        "ready_s": took,
+        "path": engine.path,
+        "kv_bytes": sum(runner.path.kv_bytes.values()),
+        "taken_bytes": free - torch.cuda.mem_get_info(0)[0],
+        "reserved_bytes": reserved,
     }
-    if args.peers:
-        result["rows"] += peers(model, [int(word) for word in args.peers.split(",")])
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    say(f"ready: {kept}")
+    result.setdefault("starts", []).append(kept)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure(engine: Engine, lengths: tuple[int, int], count: int, number: int) -> Measured:
+    """One run with prompts that nobody has seen; before the first, a short one."""
+    prompt, answer = lengths
+    if not number:
+        run(engine, random_prompts(count, prompt, VOCABULARY, seed=count), WARM_ANSWER)
+    fresh = random_prompts(count, prompt, VOCABULARY, seed=1000 * (number + 1) + count)
+    return run(engine, fresh, answer)
+
+
+def add(
+    result: dict[str, Any],
+    model: PreTrainedModel,
+    engine: str,
+    workload: str,
+    streams: int,
+    number: int,
+    found: Measured,
+) -> None:
+    """A row, and the share of the copy rate at which its steady steps read weights and KV."""
+    lengths = {"short": SHORT, "long": LONG}.get(workload, (SHARED + OWN, SHARED_ANSWER))
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    weights -= model.get_input_embeddings().weight.numel() * 2  # a row a token
+    bytes_a_step = weights + streams * (lengths[0] + lengths[1] // 2) * token
+    row = {
+        "engine": engine,
+        "workload": workload,
+        "streams": streams,
+        "run": number,
+        **asdict(found),
+        "floor_share": found.steady / streams * bytes_a_step / result["copy_bytes_per_s"],
+    }
+    result["rows"].append(row)
+    say(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: output tokens a second while all run, and with the prompts, medians."""
+    lines = ["| workload | streams | engine | steady | whole | of the floor |", "| --- " * 6 + "|"]
+    keys = dict.fromkeys((r["workload"], r["streams"], r["engine"]) for r in result["rows"])
+    for workload, streams, engine in keys:
+        rows = [
+            row
+            for row in result["rows"]
+            if (row["workload"], row["streams"], row["engine"]) == (workload, streams, engine)
+        ]
+        steady, rate, share = (
+            figures.spread([row[name] for row in rows])["median"]
+            for name in ("steady", "rate", "floor_share")
+        )
+        lines.append(
+            f"| {workload} | {streams} | {engine} | {steady:,.0f} | {rate:,.0f} | {share:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+PARTS = {"short": short, "long": long, "shared": shared, "latency": latency, "peers": peers}
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol
 
+from benchmarks.loops import beside
 from benchmarks.workload import Request
 from service.cli.timing import Answer
 from service.cli.timing import closed_loop
@@ -48,7 +49,36 @@ def make(name: str, folder: Path, *, context: int, streams: int) -> Peer:
     return PEERS[name](folder, context, streams)
 
 
-class Ours:
+class InProcess:
+    """Our engine, however it was started."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def answer(self, requests: Sequence[Request], streams: int) -> list[Answer]:
+        return closed_loop(requests, streams, self.one)
+
+    def beside(
+        self, background: Sequence[Request], foreground: Sequence[Request]
+    ) -> tuple[list[Answer], list[Answer]]:
+        """See `loops.beside`."""
+        return beside(background, foreground, self.one)
+
+    def one(self, request: Request, answer: Answer) -> None:
+        """Submit one request and read it to its end. Any thread."""
+        from service.engine.params import SamplingParams
+
+        params = SamplingParams(max_tokens=request.tokens, temperature=0.0)
+        answer.prompt_tokens = len(request.ids)
+        stream = self.engine.submit(request.ids, params)
+        while tokens := stream.read(SILENCE_S):
+            answer.times += [time.perf_counter()] * len(tokens)
+        answer.tokens = len(answer.times)
+        if answer.tokens != request.tokens:
+            raise RuntimeError(f"{answer.tokens} tokens came, {request.tokens} were asked for")
+
+
+class Ours(InProcess):
     """A deployment from its words, as `moorage serve` brings it up: strategy `cpu`, defaults."""
 
     def __init__(self, folder: Path, context: int, streams: int, quantize: str = "none") -> None:
@@ -75,7 +105,7 @@ class Ours:
         came.wait()
         if self._deployment.error is not None:
             raise self._deployment.error
-        self.engine = self._deployment.serving().engine
+        super().__init__(self._deployment.serving().engine)
         self.detail = {
             "moorage": __version__,
             "torch": torch.__version__,
@@ -85,22 +115,6 @@ class Ours:
             "threads": torch.get_num_threads(),
             "warnings": self._deployment.document()["warnings"],
         }
-
-    def answer(self, requests: Sequence[Request], streams: int) -> list[Answer]:
-        return closed_loop(requests, streams, self.one)
-
-    def one(self, request: Request, answer: Answer) -> None:
-        """Submit one request and read it to its end. Any thread."""
-        from service.engine.params import SamplingParams
-
-        params = SamplingParams(max_tokens=request.tokens, temperature=0.0)
-        answer.prompt_tokens = len(request.ids)
-        stream = self.engine.submit(request.ids, params)
-        while tokens := stream.read(SILENCE_S):
-            answer.times += [time.perf_counter()] * len(tokens)
-        answer.tokens = len(answer.times)
-        if answer.tokens != request.tokens:
-            raise RuntimeError(f"{answer.tokens} tokens came, {request.tokens} were asked for")
 
     def close(self) -> None:
         self._deployment.drain(0)

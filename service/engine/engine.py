@@ -271,7 +271,7 @@ class Engine:
             self._runner.open()
             step_tokens = self._runner.path.step_tokens
             # a step that cannot be a captured one takes its time however few tokens it has
-            least = step_tokens // (4 if self._runner.path.graphs is not None else 16)
+            least = step_tokens // (2 if self._runner.path.graphs is not None else 16)
             with self._changed:
                 self._scheduler = Scheduler(
                     self._runner.path.memory,

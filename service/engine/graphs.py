@@ -84,7 +84,7 @@ class Graphs:
         self._written: list[int] = []
         self._graphs: Mapping[int, _Graph] = {}
         with torch.cuda.device(device):
-            self._dry_run()
+            self._logits = self._dry_run()
             pool = torch.cuda.graph_pool_handle()
             # the largest first: the others find room in its memory
             self._graphs = {size: self._capture(size, pool) for size in reversed(self._sizes)}
@@ -138,8 +138,11 @@ class Graphs:
             table[rows, :width] = upload(padded, np.int32, self._device)
         self._written = lengths
 
-    def _step(self, size: int) -> Replayed:
-        """What is captured: one token of each row, and the next step's inputs."""
+    def _step(self, size: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """What is captured: one token of each row, and the next step's inputs.
+
+        Returns the logits [size, vocabulary] and what `choosing.greedy` makes of them.
+        """
         ids, positions = self._ids[:size], self._positions[:size]
         with attention.bound(_DecodeStep(self._cache, positions, self._tables, size)):
             logits = self._model(
@@ -152,23 +155,28 @@ class Graphs:
         likeliest = choosing.greedy(logits)
         ids.copy_(likeliest[0])
         positions.add_(self._advance[:size])
-        return Replayed(logits, likeliest)
+        return logits, likeliest
 
-    def _dry_run(self) -> None:
-        """Steps outside of a graph: kernels compile, libraries reserve what they need."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for size in reversed(self._sizes):
-                self._step(size)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _dry_run(self) -> torch.Tensor:
+        """Steps outside of a graph: kernels compile, libraries reserve what they need.
+
+        Returns room for the logits of the largest size.
+        """
+        room = torch.empty_like(self._step(self.most)[0])
+        for size in reversed(self._sizes[:-1]):
+            self._step(size)
+        return room
 
     def _capture(self, size: int, pool: Any) -> _Graph:
         graph = torch.cuda.CUDAGraph()
         # other threads may ask the driver something meanwhile, such as how much memory is free
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = self._step(size)
-        return _Graph(graph, output)
+            logits, likeliest = self._step(size)
+            # Every graph leaves its logits in the same place: what a graph made and is still held
+            # cannot be used by the others, and logits are large.
+            kept = self._logits[:size]
+            kept.copy_(logits)
+        return _Graph(graph, Replayed(kept, likeliest))
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self._device)

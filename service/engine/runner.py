@@ -296,7 +296,8 @@ class Runner:
         try:
             return Graphs(model, self._place_inputs, cache, device, self.max_sequences)
         except Exception as error:  # whatever a model does that a graph cannot hold
-            log.warning("decode steps are not captured: %s: %s", type(error).__name__, error)
+            why = str(error).partition("\n")[0]  # CUDA's go on with advice for its own developers
+            log.warning("decode steps are not captured: %s: %s", type(error).__name__, why)
             return None
 
     def _slots(

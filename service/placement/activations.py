@@ -80,13 +80,14 @@ def embedding_bytes(
     return int(max(attention, mlp, pooled) + (0 if on_cuda else threads * TILES))
 
 
-def logits_bytes(text: Any, sequences: int, itemsize: int) -> int:
+def logits_bytes(text: Any, sequences: int, itemsize: int, *, on_cuda: bool) -> int:
     """Most bytes of the logits of one step, and of what is done with them.
 
     A row per sequence is sampled from; rows of prompts whose logprobs are wanted lie beside them
-    while a few at a time are looked at, in float32.
+    while a few at a time are looked at, in float32. Captured steps have logits of their own, and
+    leave them in a place that is always there.
     """
-    sampled = sequences * (itemsize + SAMPLING)
+    sampled = sequences * (itemsize * (3 if on_cuda else 1) + SAMPLING)
     scored = (sequences + SCORE_TOKENS) * itemsize + SCORE_ROWS * SCORING
     return int(text.vocab_size * max(sampled, scored))
 

@@ -158,7 +158,9 @@ def measure(
             threads=threads,
             whole_prompts=bool(plain),
         ),
-        logits=activations.logits_bytes(text, config.max_sequences, dtype.itemsize),
+        logits=activations.logits_bytes(
+            text, config.max_sequences, dtype.itemsize, on_cuda=not on_cpu
+        ),
         on_cuda=not on_cpu,
         latent=numbers_per_token(text) / latent if latent else 0.0,
         keep=keep,

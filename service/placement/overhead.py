@@ -10,11 +10,14 @@ MIB = 2**20
 ROUNDING = 0.02
 # cuBLAS takes this from torch's allocator at its first product (measured on an H200: 67,108,864)
 WORKSPACE = 64 * MIB
-# kernels that CUDA loads when they are first called, outside torch's allocator: the context grows
-# from what it has at the start, which a device's free bytes are counted without, to 500-600 MiB
-KERNELS = 128 * MIB
-# both, per card
-FIXED = WORKSPACE + KERNELS
+# kernels that CUDA loads when they are first called, outside torch's allocator, and the nodes of
+# captured steps: a device's free bytes are counted after its context exists, which grows from then
+# on (measured on an H200: 324 MiB in bfloat16 and nf4, 376 MiB in int8)
+KERNELS = 352 * MIB
+# what captured steps keep in torch's allocator: their stream's workspace, and their states
+GRAPHS = 64 * MIB
+# all, per card
+FIXED = WORKSPACE + KERNELS + GRAPHS
 # kernels that oneDNN makes for shapes of products: 64 are kept (service/config/compute_threads.py),
 # which took 25 MiB, and 75 to 90 more for the holes that the others leave in malloc's heap
 CPU_KERNELS = 128 * MIB
@@ -31,5 +34,5 @@ def parts(footprint: "Footprint", resident: int, *, on_cuda: bool) -> dict[str, 
         "rounding": int(resident * ROUNDING),
     }
     if on_cuda:
-        return found | {"workspace": WORKSPACE, "kernels": KERNELS}
+        return found | {"workspace": WORKSPACE, "kernels": KERNELS, "graphs": GRAPHS}
     return found | {"kernels": CPU_KERNELS}

@@ -50,6 +50,12 @@ def main() -> None:
     if not ended.wait(300) or failures:
         raise SystemExit(f"not ready: {failures or deployment.state}")
     engine = deployment.serving().engine
+    ready, _ = torch.cuda.mem_get_info(0)
+    private = sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["segment_pool_id"] != (0, 0)
+    )
     params = SamplingParams(max_tokens=16, temperature=0.0)
     streams = [engine.submit([1 + n] * 900, params) for n in range(8)]
     for stream in streams:
@@ -66,6 +72,10 @@ def main() -> None:
         "peak": torch.cuda.max_memory_allocated(0),
         "reserved": torch.cuda.memory_reserved(0),
         "taken": before - after,
+        "taken_when_ready": before - ready,
+        "graphs": private,
+        "captured": engine._runner.path.graphs is not None,
+        "certificate": deployment.document()["certificate"],
     }))
     deployment.drain(1)
 
@@ -90,8 +100,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_taken_of_the_card_is_what_was_planned(tmp_path: Path, model: Path, quantize: str):
     """Weights and KV lie in memory all the time, activations for a moment.
 
-    Held: weights, KV and cuBLAS workspace, to 3 % of the plan. The peak and what the card lost are
-    within the whole plan, and 3 %.
+    Held: weights, KV and cuBLAS workspace. What the card lost is the whole plan. All to 3 %.
     """
     (tmp_path / "moorage.yaml").write_text(
         "version: 1\ndeployments:\n  gpu:\n"
@@ -113,7 +122,8 @@ def test_what_is_taken_of_the_card_is_what_was_planned(tmp_path: Path, model: Pa
     planned, parts = found["planned"], found["parts"]
     held = planned["weights"] + planned["kv"] + parts["workspace"]
     total = sum(planned.values())
-    print(f"\n{quantize}: planned {planned} ({parts})")
+    certificate = found.pop("certificate")
+    print(f"\n{quantize}: planned {planned} ({parts})\n{found}\n{certificate}")
     for name in ("allocated", "peak", "reserved", "taken"):
         print(
             f"  {name:9} {found[name]:>14,}  of held {found[name] / held:.4f}, of total "
@@ -122,4 +132,6 @@ def test_what_is_taken_of_the_card_is_what_was_planned(tmp_path: Path, model: Pa
     assert abs(found["plan_error"]) <= 0.03 * planned["weights"]
     assert abs(found["allocated"] - held) <= 0.03 * held
     assert found["peak"] <= 1.03 * total
-    assert found["taken"] <= 1.03 * total
+    assert abs(found["taken"] - total) <= 0.03 * total
+    assert found["captured"] == (quantize != "int8")  # there bitsandbytes waits for the device
+    assert certificate["seconds"] <= certificate["budget_seconds"]

@@ -38,7 +38,7 @@ def test_a_device_is_described_with_what_was_planned_there():
             {"name": "layers.0-4", "count": 5, "bytes": 50, "each": [EACH] * 5},
         ],
         "reason": "it is on cuda:0 with 6 neighbours from embed to layers.4, cut so that the room "
-        "left is even: 24.2 GiB on cuda:0",
+        "left is even: 24.5 GiB on cuda:0",
     }
 
 
