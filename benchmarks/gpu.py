@@ -35,7 +35,7 @@ from benchmarks.workload import ids
 from service.engine.engine import Engine
 from service.engine.runner import Runner
 
-OURS = "moorage"
+OURS, COMPILED = "moorage", "moorage, compile: true"
 PEER = "transformers continuous batching"
 # tokens of prompt and answer
 SHORT, LONG = (128, 256), (2048, 128)
@@ -135,6 +135,17 @@ def short(model: PreTrainedModel, options: argparse.Namespace, result: dict[str,
                 add(result, model, OURS, "short", count, number, row)
 
 
+def compiled(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """As `short` and `latency`, of a deployment with `compile: true`."""
+    streams = [int(word) for word in options.streams.split(",")]
+    with serving(model, sum(SHORT) + 128, max(streams), result, compiled=True) as engine:
+        for number in range(options.runs):
+            for count in streams:
+                row = measure(engine, SHORT, count, number)
+                add(result, model, COMPILED, "short", count, number, row)
+    result["compiled_latency"] = _latency(model, result, compiled=True)
+
+
 def long(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Ours with long prompts."""
     with serving(model, sum(LONG) + 128, max(LONG_STREAMS), result) as engine:
@@ -159,13 +170,18 @@ def shared(model: PreTrainedModel, options: argparse.Namespace, result: dict[str
 
 def latency(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """First tokens of newcomers beside running streams, and what they cost those."""
+    result["latency"] = _latency(model, result, compiled=False)
+
+
+def _latency(model: PreTrainedModel, result: dict[str, Any], *, compiled: bool) -> dict[str, Any]:
     asked = argparse.Namespace(
         latency=LATENCY_STREAMS, long_prompt=LATENCY_PROMPT, latency_answer=LATENCY_ANSWER
     )
     context = LATENCY_PROMPT + LATENCY_ANSWER
-    with serving(model, context, LATENCY_STREAMS + 1, result) as engine:
-        result["latency"] = wait_times(asked, InProcess(engine), ids)
-    say(str(result["latency"]))
+    with serving(model, context, LATENCY_STREAMS + 1, result, compiled=compiled) as engine:
+        found = wait_times(asked, InProcess(engine), ids)
+    say(str(found))
+    return found
 
 
 def peers(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -204,22 +220,29 @@ def peers(model: PreTrainedModel, options: argparse.Namespace, result: dict[str,
 
 @contextmanager
 def serving(
-    model: PreTrainedModel, context: int, streams: int, result: dict[str, Any]
+    model: PreTrainedModel,
+    context: int,
+    streams: int,
+    result: dict[str, Any],
+    *,
+    compiled: bool = False,
 ) -> Iterator[Engine]:
     """Our engine over the model, and how long it took and what it kept to get ready."""
-    runner = Runner(model, place_on_cuda, max_context=context, max_sequences=streams)
+    runner = Runner(
+        model, place_on_cuda, max_context=context, max_sequences=streams, compiled=compiled
+    )
     engine = Engine(runner, max_queue=1024)
-    began, free = time.perf_counter(), torch.cuda.mem_get_info(0)[0]
+    began, outside = time.perf_counter(), _outside()
     engine.start()
-    took, reserved = time.perf_counter() - began, torch.cuda.memory_reserved(0)
+    took = time.perf_counter() - began
     kept = {
         "context": context,
         "streams": streams,
         "ready_s": took,
         "path": engine.path,
         "kv_bytes": sum(runner.path.kv_bytes.values()),
-        "taken_bytes": free - torch.cuda.mem_get_info(0)[0],
-        "reserved_bytes": reserved,
+        "outside_bytes": _outside() - outside,
+        "compiled": compiled,
     }
     say(f"ready: {kept}")
     result.setdefault("starts", []).append(kept)
@@ -229,6 +252,12 @@ def serving(
         engine.close()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _outside() -> int:
+    """Bytes of the card that are taken, but not by torch's allocator."""
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free - torch.cuda.memory_reserved(0)
 
 
 def measure(engine: Engine, lengths: tuple[int, int], count: int, number: int) -> Measured:
@@ -294,7 +323,14 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-PARTS = {"short": short, "long": long, "shared": shared, "latency": latency, "peers": peers}
+PARTS = {
+    "short": short,
+    "long": long,
+    "shared": shared,
+    "latency": latency,
+    "peers": peers,
+    "compiled": compiled,
+}
 
 
 if __name__ == "__main__":

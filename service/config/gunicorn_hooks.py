@@ -177,6 +177,8 @@ class Hooks:
         worker.announce, worker.head_seconds = self._announce, self._socket_seconds
         worker.body_seconds = BODY_FACTOR * self._socket_seconds
         set_missing(compute_environment(usable_cores()))
+        # `compile: true`; torch's own choice is a folder in /tmp that anybody may have made
+        set_missing({"TORCHINDUCTOR_CACHE_DIR": str(worker.config.cache / "compiled")})
 
     def post_worker_init(self, worker: Any) -> None:
         """The app is built: load the model beside it, so that health answers meanwhile."""

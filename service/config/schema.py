@@ -270,6 +270,11 @@ class DeploymentConfig(_Frozen):
         "max_context x max_sequences when sequences seldom use their whole context. On the CPU "
         "only whole contexts count: kv_tokens // max_context sequences run at once.",
     )
+    compile: bool = Field(
+        False,
+        description="Run what torch.compile makes of the model: faster, and ready a minute later. "
+        "For a model that is whole on one device and not quantised.",
+    )
     on_no_fit: OnNoFit = Field("refuse", description="What to do when the devices are too small.")
     offload_folder: FilePath | None = Field(
         None, description="Folder for weights on disk (offload-disk). Default: below the cache."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from service.deployment.uses import Uses
+from service.errors import LoadFailed
 from service.models import sentence_files
 from service.text.constraints import prepare
 from service.text.tokenizer import load_tokenizer
@@ -77,6 +78,11 @@ def serve(
     tokenizer = load_tokenizer(config)
     collect()  # what loading and proving left in the accelerator's caches is the KV pages' room
     if architectures.embeds(model.config, config):
+        if config.compile:
+            raise LoadFailed(
+                "compile: true is for models that generate; this one gives embeddings",
+                hint="set compile: false",
+            )
         files = sentence_files.read(config.folder)
         embedding = _embedding_runner(loaded, files)
         engine = Engine(embedding, max_queue=max_queue, on_death=on_death)
@@ -126,6 +132,7 @@ def _runner(loaded: "Loaded") -> "Runner":
         max_context=loaded.placement.context or config.max_context,
         max_sequences=config.max_sequences,
         kv_tokens=config.kv_tokens,
+        compiled=config.compile,
     )
 
 

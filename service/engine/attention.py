@@ -86,19 +86,37 @@ def attend(
 
     Returns [1, T, heads, value size]. Raises NotCarried for what this engine does not compute.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    index = module.layer_idx
+    if torch.compiler.is_compiling():
+        return _opaque(*rows, index, scale).unsqueeze(0), None
     step = _thread.step
     if isinstance(step, Trial):
         step.see(module, query, key, value, attention_mask, others)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    index = module.layer_idx
-    out = step.attend(
-        index, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scale
-    )
-    return out.unsqueeze(0), None
+    return step.attend(index, *rows, scale).unsqueeze(0), None
+
+
+@torch.library.custom_op("moorage::attend", mutates_args=())
+def _opaque(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
+) -> torch.Tensor:
+    """What a compiled model calls: `attend` of the step that is bound when it runs."""
+    step: Step = _thread.step
+    return step.attend(layer, query, key, value, scale).contiguous()
+
+
+@_opaque.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
 def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
     """No mask. local_size: the window or chunk that the model would have put into it."""
+    if torch.compiler.is_compiling():
+        return
     step = getattr(_thread, "step", None)
     if isinstance(step, Trial) and local_size is not None:
         step.masked.add(local_size)

@@ -37,6 +37,7 @@ from service.placement.inputs import send
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from service.engine.compiling import Compiled
     from service.engine.graphs import Graphs
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Way:
     step_tokens: int = UNCUT
     score_tokens: int = 0
     graphs: "Graphs | None" = None
+    compiled: "Compiled | None" = None
 
     @property
     def kv_bytes(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from service.engine.doing import Doing
 from service.engine.doing import described
 from service.engine.pace import Pace
+from service.engine.pace import least_beside
 from service.engine.params import SamplingParams
 from service.engine.params import check_prompt
 from service.engine.scheduler import Batch
@@ -270,8 +271,7 @@ class Engine:
         try:
             self._runner.open()
             step_tokens = self._runner.path.step_tokens
-            # a step that cannot be a captured one takes its time however few tokens it has
-            least = step_tokens // (2 if self._runner.path.graphs is not None else 16)
+            least = least_beside(self._runner.path, step_tokens)
             with self._changed:
                 self._scheduler = Scheduler(
                     self._runner.path.memory,
@@ -280,7 +280,7 @@ class Engine:
                     step_tokens=step_tokens,
                     score_tokens=self._runner.path.score_tokens,
                 )
-                self._pace = Pace(least=max(1, least), most=step_tokens)
+                self._pace = Pace(least=least, most=step_tokens)
                 self._ready = True
                 if not self._closing:
                     self._refusal = None

@@ -21,6 +21,7 @@ from service.engine import choosing
 from service.engine.editing import upload
 from service.engine.page_cache import PageCache
 from service.engine.page_cache import table_of
+from service.engine.ragged import Run
 from service.engine.scheduler import Batch
 from service.placement import kv
 from service.placement.inputs import PlaceInputs
@@ -61,13 +62,15 @@ class Graphs:
         cache: PageCache,
         device: torch.device,
         max_sequences: int,
+        run: Run,
     ) -> None:
-        """Capture every size up to `max_sequences`.
+        """Capture every size up to `max_sequences`. run: the model, or what is called for it.
 
         Raises whatever the model's forward does that a graph cannot hold, such as a RuntimeError
         where it waits for the device.
         """
         self._model = model
+        self._run = run
         self._place_inputs = place_inputs
         self._cache = cache
         self._device = device
@@ -145,7 +148,7 @@ class Graphs:
         """
         ids, positions = self._ids[:size], self._positions[:size]
         with attention.bound(_DecodeStep(self._cache, positions, self._tables, size)):
-            logits = self._model(
+            logits = self._run(
                 input_ids=ids[None],
                 position_ids=positions[None],
                 use_cache=False,

@@ -27,6 +27,7 @@ from service.placement.inputs import place
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from service.engine.compiling import Compiled
     from service.engine.graphs import Graphs
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Plain:
     name = "plain"
     together = False
     graphs: "Graphs | None" = None
+    compiled: "Compiled | None" = None
     step_tokens = UNCUT
 
     def __init__(

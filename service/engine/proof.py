@@ -80,6 +80,18 @@ def prove(path: Ragged, ids: tuple[int, ...], expected: torch.Tensor, dtype: tor
         raise NotCarried(f"its logits on the ragged path are {worst:.2g} off from its own")
 
 
+def alone(path: Ragged) -> None:
+    """Run a sequence of one token by itself: a shape that `prove` does not have."""
+    sequence = _sequence((0,), 0)
+    if not path.memory.admit(sequence):
+        raise NotCarried("its cache has no room for a short sequence")
+    try:
+        path.memory.grow(sequence, 1)
+        path.logits(Batch((), (_piece(sequence, (0,), 0, 1),)))
+    finally:
+        path.memory.free(sequence, failed=True)
+
+
 def close(off: float, dtype: torch.dtype) -> bool:
     """Whether a `difference` of logits is rounding. dtype: what the model computes in."""
     return off <= CLOSE.get(dtype, CLOSE_HALF)

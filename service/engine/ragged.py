@@ -1,5 +1,6 @@
 """The fast path: all sequences of a step in one row of tokens, through the unmodified model."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
@@ -22,8 +23,12 @@ from service.placement.inputs import place
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from service.engine.compiling import Compiled
     from service.engine.graphs import Graphs
 
+
+# the model, or what is called in its place: gives an object with `logits`
+Run = Callable[..., Any]
 
 # kinds of layers whose mask is known from what they hand over
 KINDS = ("full_attention", "sliding_attention")
@@ -45,7 +50,8 @@ class Cache(Protocol):
 class Ragged:
     """Runs a batch in one forward. Engine thread only.
 
-    graphs: captured decode steps, where the device has them; set by the runner.
+    graphs: captured decode steps, where the device has them. compiled: what is called in place of
+    the model, where the deployment wants it. Both are set by the runner.
     """
 
     name = "ragged"
@@ -66,6 +72,7 @@ class Ragged:
         self.memory = memory
         self.step_tokens = step_tokens
         self.score_tokens = min(step_tokens, kv.SCORE_TOKENS)
+        self.compiled: Compiled | None = None
         self._model = model
         self._place_inputs = place_inputs
         self._cache = cache
@@ -86,7 +93,8 @@ class Ragged:
         ids, positions, keep, sampling = flatten(decodes, batch.prefills)
         self._step = self._cache.step(decodes, batch.prefills)
         with attention.bound(self._step):
-            rows = forward(self._model, self._place_inputs, ids, positions, keep)
+            inputs = placed(self._model, self._place_inputs, ids, positions)
+            rows = forward(self.compiled or self._model, inputs, keep)
         scoring.score(batch.prefills, rows[len(sampling) :])
         return sampling, rows[: len(sampling)]
 
@@ -100,6 +108,9 @@ class Ragged:
         """Give the model its own attention back and drop the cache."""
         use(self._model, self._before)
         self.graphs = None
+        if self.compiled is not None:
+            self.compiled.release()
+            self.compiled = None
         del self._cache, self._model
         self._step = None
 
@@ -128,23 +139,20 @@ def flatten(
     return ids, positions, keep, tuple(sampling)
 
 
-def forward(
-    model: "PreTrainedModel",
-    place_inputs: PlaceInputs,
-    ids: list[int],
-    positions: list[int],
-    keep: list[int],
-) -> torch.Tensor:
+def placed(
+    model: "PreTrainedModel", place_inputs: PlaceInputs, ids: list[int], positions: list[int]
+) -> dict[str, torch.Tensor]:
+    """The inputs of one flattened step where the strategy puts them, int64 [1, T]."""
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    return place(place_inputs, model, inputs)
+
+
+def forward(run: Run, inputs: Mapping[str, torch.Tensor], keep: list[int]) -> torch.Tensor:
     """Logits of the rows `keep` of one flattened step, [rows, vocabulary], where the head is."""
-    inputs = place(
-        place_inputs,
-        model,
-        {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])},
-    )
     wanted: Any = 1  # of a step that samples nothing; every model computes at least one row
     if keep:
         wanted = torch.tensor(keep)
-    output = model(**inputs, use_cache=False, return_dict=True, logits_to_keep=wanted)
+    output = run(**inputs, use_cache=False, return_dict=True, logits_to_keep=wanted)
     logits: torch.Tensor = output.logits[0]
     return logits[: len(keep)]
 
@@ -158,7 +166,7 @@ def layers_of(model: "PreTrainedModel", place_inputs: PlaceInputs) -> Mapping[in
     before = use(model, attention.NAME)
     try:
         with attention.bound(trial):
-            forward(model, place_inputs, [0, 0], [0, 1], [1])
+            forward(model, placed(model, place_inputs, [0, 0], [0, 1]), [1])
     finally:
         use(model, before)
     config = model.config.get_text_config(decoder=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from service.engine import choosing
+from service.engine import compiling
 from service.engine import proof
 from service.engine import ragged
 from service.engine.attention import Layer
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from service.engine.compiling import Compiled
     from service.engine.graphs import Graphs
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Path(Protocol):
     step_tokens: int
     score_tokens: int
     graphs: "Graphs | None"
+    compiled: "Compiled | None"
 
     @property
     def kv_bytes(self) -> dict[str, int]: ...
@@ -110,12 +113,13 @@ class Runner:
         kv_tokens: int | None = None,
         step_tokens: int | None = None,
         paged: bool = False,
+        compiled: bool = False,
     ) -> None:
         """model: in eval mode, placed and proven. Raises LoadFailed if it cannot generate.
 
         kv_tokens: tokens of keys and values kept in all; None: max_context x max_sequences.
         step_tokens: most in one step; None: what suits the device. paged: keep pages on a CPU too,
-        as on CUDA; slower there.
+        as on CUDA; slower there. compiled: run what torch.compile makes of the model.
         """
         if not model.can_generate():
             raise LoadFailed(
@@ -132,6 +136,7 @@ class Runner:
         self._kv_tokens = kv_tokens or self.capacity * max_sequences
         self._step_tokens = step_tokens
         self._paged = paged
+        self._compiled = compiled
         self._model: PreTrainedModel | None = model
         self._place_inputs = place_inputs
         self._path: Path | None = None
@@ -253,6 +258,8 @@ class Runner:
         try:
             return self._ragged(model)
         except NotCarried as reason:
+            if self._compiled:
+                raise compiling.refused(str(reason)) from None
             plain = Plain(
                 model,
                 self._place_inputs,
@@ -279,22 +286,27 @@ class Runner:
         make = self._pages if on_cuda or self._paged else self._slots
         memory, cache = make(layers, step_tokens)
         path = Ragged(model, self._place_inputs, memory, cache, step_tokens=step_tokens)
+        dtype = next(iter(layers.values())).dtype
         try:
-            proof.prove(path, ids, expected, next(iter(layers.values())).dtype)
+            proof.prove(path, ids, expected, dtype)
+            if self._compiled:
+                compiling.bring(path, model, lambda: proof.prove(path, ids, expected, dtype))
         except BaseException:
             path.release()
             raise
-        path.graphs = self._capture(model, cache)
+        path.graphs = self._capture(model, cache, path.compiled or model)
         return path
 
-    def _capture(self, model: "PreTrainedModel", cache: ragged.Cache) -> "Graphs | None":
+    def _capture(
+        self, model: "PreTrainedModel", cache: ragged.Cache, run: ragged.Run
+    ) -> "Graphs | None":
         """Decode steps as CUDA graphs, if the model is all on one such device and allows it."""
         if not isinstance(cache, PageCache) or not (device := capturable(model, cache)):
             return None
         from service.engine.graphs import Graphs
 
         try:
-            return Graphs(model, self._place_inputs, cache, device, self.max_sequences)
+            return Graphs(model, self._place_inputs, cache, device, self.max_sequences, run)
         except Exception as error:  # whatever a model does that a graph cannot hold
             why = str(error).partition("\n")[0]  # CUDA's go on with advice for its own developers
             log.warning("decode steps are not captured: %s: %s", type(error).__name__, why)

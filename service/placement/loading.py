@@ -4,6 +4,7 @@
 the globals before they are healed.
 """
 
+import contextlib
 import gc
 import logging
 import operator
@@ -117,15 +118,21 @@ def load(
 
 
 def _wake(model: "PreTrainedModel") -> None:
-    """Have every card multiply and attend once, on nothing.
+    """Run a model that is whole on a card once, before it is judged.
 
-    CUDA's libraries are loaded when they are first called, which takes a second: that belongs to
-    the load, not to what proves it.
+    CUDA's libraries and kernels are loaded when they are first called, which takes a second: that
+    belongs to the load, not to what proves it. bitsandbytes has called them by now, and its layers
+    change when they first run.
     """
-    for device in {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}:
-        ones = torch.ones(1, 1, 64, 64, dtype=model.dtype, device=device)
-        attended = torch.nn.functional.scaled_dot_product_attention(ones, ones @ ones, ones)
-        attended.sum().item()
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    device = devices.pop() if len(devices) == 1 else None
+    if device is None or device.type != "cuda" or getattr(model, "is_quantized", False):
+        return
+    ids = torch.zeros((1, 8), dtype=torch.int64, device=device)
+    # what is wrong with it is for the certificate to say
+    with torch.inference_mode(), contextlib.suppress(Exception):
+        model(input_ids=ids)
+        torch.cuda.synchronize(device)
 
 
 def _lay_out_inputs(model: "PreTrainedModel") -> None:

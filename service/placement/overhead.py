@@ -21,12 +21,17 @@ FIXED = WORKSPACE + KERNELS + GRAPHS
 # kernels that oneDNN makes for shapes of products: 64 are kept (service/config/compute_threads.py),
 # which took 25 MiB, and 75 to 90 more for the holes that the others leave in malloc's heap
 CPU_KERNELS = 128 * MIB
+# torch's compiler and what it makes, in this process (measured: 300 MiB for SmolLM2-135M)
+COMPILER = 384 * MIB
 
 
-def parts(footprint: "Footprint", resident: int, *, on_cuda: bool) -> dict[str, int]:
+def parts(
+    footprint: "Footprint", resident: int, *, on_cuda: bool, compiled: bool
+) -> dict[str, int]:
     """Name -> bytes of overhead on a device that computes; their sum is DeviceMemory.overhead.
 
-    resident: bytes of weights and KV there. Packed copies of weights are weights, not overhead.
+    resident: bytes of weights and KV there; packed copies of weights are weights, not overhead.
+    compiled: whether torch.compile makes the steps, which takes RAM: planned where the model is.
     """
     found = {
         "activations": footprint.activations,
@@ -35,4 +40,7 @@ def parts(footprint: "Footprint", resident: int, *, on_cuda: bool) -> dict[str, 
     }
     if on_cuda:
         return found | {"workspace": WORKSPACE, "kernels": KERNELS, "graphs": GRAPHS}
-    return found | {"kernels": CPU_KERNELS}
+    found["kernels"] = CPU_KERNELS
+    if compiled:
+        found["compiler"] = COMPILER
+    return found

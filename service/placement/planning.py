@@ -45,7 +45,7 @@ def on_one_device(
     footprint = _measure(config, hardware, device)
     if change is not None:
         footprint = change(footprint)
-    beside = sum(_overhead(footprint, [device]).values())
+    beside = sum(_overhead(config, footprint, [device]).values())
     if footprint.weights + footprint.kv + beside > budget:
         raise _does_not_fit(config, footprint, {device: budget - beside})
     return _placed(config, footprint, [device], {unit.name: device for unit in footprint.units})
@@ -61,7 +61,7 @@ def spread(config: ModelConfig, hardware: Hardware) -> Placement:
     names = [gpu.id for gpu in hardware.gpus] or ["cpu"]
     room = budgets(config, hardware, names)
     footprint = _measure(config, hardware, names[0])
-    beside = sum(_overhead(footprint, names).values())
+    beside = sum(_overhead(config, footprint, names).values())
     room = {device: size - beside for device, size in room.items()}
     parts = [unit for unit in footprint.units if unit.name not in footprint.ties]
     places = fitting.balance(parts, room)
@@ -174,7 +174,7 @@ def _placed(
             failure_class="F12",
         )
     held = fitting.staged(away)
-    beside = _overhead(footprint, names)
+    beside = _overhead(config, footprint, names)
     memory = {}
     for device in used:
         here = [unit for unit in footprint.units if module_map[unit.name] == device]
@@ -343,10 +343,10 @@ def _disk(config: ModelConfig, hardware: Hardware) -> int:
     return min(free, config.max_memory.get("disk", free))
 
 
-def _overhead(footprint: Any, names: list[str]) -> dict[str, int]:
+def _overhead(config: ModelConfig, footprint: Any, names: list[str]) -> dict[str, int]:
     """The parts of the overhead of each of the devices that compute."""
     resident = (footprint.weights + footprint.kv) // len(names)
-    return overhead.parts(footprint, resident, on_cuda=footprint.on_cuda)
+    return overhead.parts(footprint, resident, on_cuda=footprint.on_cuda, compiled=config.compile)
 
 
 def _would_fit(config: ModelConfig, footprint: Any, budget: int) -> str:

@@ -25,6 +25,7 @@ from service.config.origin import Origin
 from service.config.schema import DeploymentConfig
 from service.config.schema import ModelConfig
 from service.errors import ConfigError
+from service.errors import PlacementUnavailable
 from service.errors import PluginError
 from service.errors import Problem
 from service.errors import ServiceError
@@ -57,6 +58,11 @@ class Strategy:
         placement = self._call("plan", config=config, hardware=hardware)
         if not isinstance(placement, Placement):
             raise self._broke("plan", f"returned {_short(placement)}; it must return a Placement")
+        if config.compile and (why := _not_whole(placement)):
+            raise PlacementUnavailable(
+                f"compile: true needs a model that is whole on one device and not quantised; {why}",
+                hint="set compile: false",
+            )
         return placement
 
     def load(self, config: ModelConfig, placement: Placement) -> "PreTrainedModel":
@@ -191,6 +197,15 @@ def build(strategy_dirs: Sequence[Path] = (), files: Sequence[Path] = ()) -> Reg
         )
     manager.closed = True
     return Registry(strategies, broken, sources)
+
+
+def _not_whole(placement: Placement) -> str:
+    """What keeps torch.compile from making one graph of it, or ""."""
+    if len(placement.devices) > 1:
+        return f"this one is on {' and '.join(placement.devices)}"
+    if placement.quantized:
+        return f"{placement.quantized} linears of this one would be"
+    return ""
 
 
 def _one_file(one: object, other: object) -> bool:

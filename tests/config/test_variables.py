@@ -34,6 +34,7 @@ VALUES = {
     "MOORAGE_FALLBACK": ("[cpu]", (FallbackStep(strategy="cpu"),)),
     "MOORAGE_QUANTIZE": ("int8", "int8"),
     "MOORAGE_DTYPE": ("float32", "float32"),
+    "MOORAGE_COMPILE": ("true", True),
     "MOORAGE_MAX_CONTEXT": (" 2048 ", 2048),
     "MOORAGE_MAX_SEQUENCES": ("1", 1),
     "MOORAGE_KV_TOKENS": ("8192", 8192),

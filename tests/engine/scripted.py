@@ -76,6 +76,7 @@ class ScriptedPath:
     why = ""
     together = True
     graphs = None
+    compiled = None
 
     def __init__(self, runner: "ScriptedRunner", memory: Memory, step_tokens: int) -> None:
         self.memory = memory

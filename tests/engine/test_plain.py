@@ -311,7 +311,7 @@ def test_an_encoder_decoder_answers_like_generate(arch: str) -> None:
 def test_the_engine_says_nothing_of_a_path_before_it_starts_and_after_its_end() -> None:
     runner = Runner(made("mamba", SSM), unplaced, max_context=64)
     engine = Engine(runner, max_queue=1)
-    nothing = dict.fromkeys(("path", "why", "graphs", "kv_reserved", "hangs"))
+    nothing = dict.fromkeys(("path", "why", "graphs", "compiled", "kv_reserved", "hangs"))
     assert engine.describe() == nothing
     engine.start()
     engine.close()

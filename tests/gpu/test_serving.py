@@ -31,7 +31,7 @@ def serve_and_ask(folder: Path, *, most_answers: int = 1) -> dict:
     else is in the batch.
     """
     with running(folder, command=GUNICORN) as server:
-        server.wait_ready()
+        server.wait_ready(300)
         with ThreadPoolExecutor(8) as clients:
             answers = set(clients.map(lambda _: server.chat("Hello", max_tokens=12), range(8)))
         assert len(answers) <= most_answers, answers
@@ -118,3 +118,17 @@ def test_a_gpu_that_is_not_there_is_refused_by_number(tmp_path: Path, big_llama:
     with running(tmp_path, command=GUNICORN) as server:
         assert server.wait_exit() == 4
         assert "cuda:63" in server.text
+
+
+def test_compiled(tmp_path: Path, big_llama: Path):
+    config(tmp_path, big_llama, strategy="single-gpu", compile=True)
+    # a batch of one has kernels of its own, which round differently
+    document = serve_and_ask(tmp_path, most_answers=8)
+    assert document["engine"] == {
+        "path": "ragged",
+        "why": "",
+        "graphs": True,
+        "compiled": True,
+        "kv_reserved": {"cuda:0": document["devices"][0]["planned"]["kv"]},
+        "hangs": None,
+    }

@@ -17,6 +17,7 @@ from service.errors import PlacementUnavailable
 from service.placement import footprint
 from service.placement import hardware
 from service.placement import planning
+from service.placement import registry
 from service.placement.kv import PAGE_TOKENS
 from service.placement.overhead import CPU_KERNELS
 from service.placement.overhead import FIXED
@@ -481,3 +482,17 @@ def test_the_parts_that_a_map_can_name_are_told_in_order(tiny: Path):
     assert names[0] == "model.embed_tokens"
     assert names[-1] == "lm_head"
     assert [n for n in names if ".layers." in n] == [f"model.layers.{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"strategy": "single-gpu", "quantize": "nf4"}, "84 linears of this one would be"),
+        ({"strategy": "auto-shard"}, "this one is on cuda:0 and cuda:1"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_by_the_plan(tiny: Path, changes: dict, why: str):
+    config = rig(tiny, compile=True, **changes)
+    strategy = registry.build().select(config.strategy)
+    with pytest.raises(PlacementUnavailable, match=f"compile: true needs .*; .*{why}"):
+        strategy.plan(config, cards(GIB, GIB))

@@ -88,6 +88,7 @@ def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
             "path": "plain",
             "why": "it is an encoder-decoder",
             "graphs": False,
+            "compiled": False,
             "kv_reserved": {},
             "hangs": None,
         }
