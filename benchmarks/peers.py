@@ -82,6 +82,11 @@ class Ours(InProcess):
     """A deployment from its words, as `moorage serve` brings it up: strategy `cpu`, defaults."""
 
     def __init__(self, folder: Path, context: int, streams: int, quantize: str = "none") -> None:
+        from service.config.compute_threads import compute_environment
+        from service.config.compute_threads import usable_cores
+        from service.config.environment import set_missing
+
+        set_missing(compute_environment(usable_cores()))  # as gunicorn's hook does
         import torch
         import transformers
 
