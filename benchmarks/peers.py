@@ -81,7 +81,8 @@ class InProcess:
 class Ours(InProcess):
     """A deployment from its words, as `moorage serve` brings it up: strategy `cpu`, defaults."""
 
-    def __init__(self, folder: Path, context: int, streams: int, quantize: str = "none") -> None:
+    def __init__(self, folder: Path, context: int, streams: int, **words: str) -> None:
+        """words: more of the deployment's."""
         from service.config.compute_threads import compute_environment
         from service.config.compute_threads import usable_cores
         from service.config.environment import set_missing
@@ -94,10 +95,9 @@ class Ours(InProcess):
         from service.config import reading
         from service.deployment import Deployment
 
-        words = {
+        words |= {
             "model": str(folder),
             "strategy": "cpu",
-            "quantize": quantize,
             "max_context": str(context),
             "max_sequences": str(streams),
         }
@@ -115,7 +115,7 @@ class Ours(InProcess):
             "moorage": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "quantize": quantize,
+            "quantize": words.get("quantize", "none"),
             "path": self.engine.path,
             "threads": torch.get_num_threads(),
             "warnings": self._deployment.document()["warnings"],
@@ -325,6 +325,7 @@ def _finished(handle: Any) -> bool:
 
 PEERS: dict[str, Callable[[Path, int, int], Peer]] = {
     "moorage": Ours,
+    "moorage compiled": partial(Ours, compile="true"),
     "moorage int8": partial(Ours, quantize="int8"),
     "moorage int4": partial(Ours, quantize="int4"),
     "transformers generate, locked": LockedGenerate,

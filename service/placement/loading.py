@@ -130,7 +130,7 @@ def _wake(model: "PreTrainedModel") -> None:
         return
     ids = torch.zeros((1, 8), dtype=torch.int64, device=device)
     # what is wrong with it is for the certificate to say
-    with torch.inference_mode(), contextlib.suppress(Exception):
+    with guard.LOAD_LOCK, torch.inference_mode(), contextlib.suppress(Exception):
         model(input_ids=ids)
         torch.cuda.synchronize(device)
 
