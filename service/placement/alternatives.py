@@ -17,7 +17,8 @@ from service.placement.registry import Registry
 from service.placement.registry import Strategy
 
 GIB = 2**30
-CARDS = ((1, 16), (1, 24), (2, 24), (1, 48), (1, 80), (2, 80), (1, 141), (4, 80), (8, 80), (8, 141))
+CARDS = ((1, 16), (1, 24), (2, 24), (1, 48), (1, 80), (2, 80), (1, 141), (4, 80), (8, 80), (8, 141),
+         (8, 180), (8, 268))  # fmt: skip
 RAM = (16, 32, 64, 128, 256, 512, 1024, 2048)
 # contexts are offered in steps of this many tokens, and none is shorter
 STEP = 256

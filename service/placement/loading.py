@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from transformers import modeling_utils
 from transformers.utils import logging as transformers_logging
 
@@ -312,8 +313,8 @@ def _ram_bytes() -> int:
     sizes: dict[int, int] = {}
     for thing in gc.get_objects():
         # by type: `isinstance` asks the thing itself, and a lazy proxy would begin to import
-        if not issubclass(type(thing), torch.Tensor):
-            continue
+        if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), FakeTensor):
+            continue  # fake ones are what torch.compile's tracing leaves behind: no values
         try:
             if thing.device.type == "cpu":
                 storage = thing.untyped_storage()

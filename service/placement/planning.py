@@ -356,8 +356,11 @@ def _would_fit(config: ModelConfig, footprint: Any, budget: int) -> str:
     while context > LEAST and footprint.kv_of(context, 1) > left:
         context = max(LEAST, context // 2)
     if footprint.kv_of(context, 1) > left:
-        smaller = "set quantize: nf4, or " if config.quantize == "none" else ""
-        return f"the weights alone fill it: {smaller}choose another strategy or a smaller model"
+        smaller = ", or quantize: nf4 where most of them are in linear layers"
+        return (
+            "the weights alone fill it: choose another strategy or a smaller model"
+            f"{smaller if config.quantize == 'none' else ''}"
+        )
     short = min(context, max(LEAST, context // 4))
     return (
         f"it fits max_sequences {_most(footprint, context, left)} x max_context {context}, "
