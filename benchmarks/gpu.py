@@ -31,6 +31,7 @@ from benchmarks.measuring import random_prompts
 from benchmarks.measuring import run
 from benchmarks.peers import InProcess
 from benchmarks.settings import say
+from benchmarks.settings import whole_numbers
 from benchmarks.workload import ids
 from service.engine.engine import Engine
 from service.engine.runner import Runner
@@ -39,6 +40,7 @@ OURS, COMPILED = "moorage", "moorage, compile: true"
 PEER = "transformers continuous batching"
 # tokens of prompt and answer
 SHORT, LONG = (128, 256), (2048, 128)
+LENGTHS = {"short": SHORT, "long": LONG}
 LONG_STREAMS = (1, 8, 64)
 # sequences of so many tokens, most of them the same, and answers of so many
 SHARED_STREAMS, SHARED, OWN, SHARED_ANSWER = 64, 1024, 64, 128
@@ -55,8 +57,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--layers", type=int, default=32)
-    made.add_argument("--streams", default="1,8,64,256", help="of short prompts; ours")
-    made.add_argument("--peers", default="1,8,64,256", help="the same; theirs, once each")
+    streams: dict[str, Any] = {"type": whole_numbers, "default": [1, 8, 64, 256]}
+    made.add_argument("--streams", **streams, help="of short prompts; ours")
+    made.add_argument("--peers", **streams, help="the same; theirs, once each")
     made.add_argument("--runs", type=int, default=3, help="of ours")
     made.add_argument(
         "--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to measure"
@@ -127,32 +130,35 @@ def copy_rate() -> float:
 
 def short(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Ours at all numbers of streams, run by run."""
-    streams = [int(word) for word in options.streams.split(",")]
-    with serving(model, sum(SHORT) + 128, max(streams), result) as engine:
-        for number in range(options.runs):
-            for count in streams:
-                row = measure(engine, SHORT, count, number)
-                add(result, model, OURS, "short", count, number, row)
+    _runs(model, options, result, "short", options.streams)
 
 
 def compiled(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """As `short` and `latency`, of a deployment with `compile: true`."""
-    streams = [int(word) for word in options.streams.split(",")]
-    with serving(model, sum(SHORT) + 128, max(streams), result, compiled=True) as engine:
-        for number in range(options.runs):
-            for count in streams:
-                row = measure(engine, SHORT, count, number)
-                add(result, model, COMPILED, "short", count, number, row)
+    _runs(model, options, result, "short", options.streams, compiled=True)
     result["compiled_latency"] = _latency(model, result, compiled=True)
 
 
 def long(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Ours with long prompts."""
-    with serving(model, sum(LONG) + 128, max(LONG_STREAMS), result) as engine:
+    _runs(model, options, result, "long", LONG_STREAMS)
+
+
+def _runs(
+    model: PreTrainedModel,
+    options: argparse.Namespace,
+    result: dict[str, Any],
+    workload: str,
+    streams: Sequence[int],
+    *,
+    compiled: bool = False,
+) -> None:
+    lengths, name = LENGTHS[workload], COMPILED if compiled else OURS
+    with serving(model, sum(lengths) + 128, max(streams), result, compiled=compiled) as engine:
         for number in range(options.runs):
-            for count in LONG_STREAMS:
-                row = measure(engine, LONG, count, number)
-                add(result, model, OURS, "long", count, number, row)
+            for count in streams:
+                row = measure(engine, lengths, count, number)
+                add(result, model, name, workload, count, number, row)
 
 
 def shared(model: PreTrainedModel, options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -190,7 +196,7 @@ def peers(model: PreTrainedModel, options: argparse.Namespace, result: dict[str,
     from transformers import GenerationConfig
 
     prompt, answer = SHORT
-    for count in [int(word) for word in options.peers.split(",")]:
+    for count in options.peers:
         settings = ContinuousBatchingConfig(
             use_cuda_graph=True, max_batch_tokens=4096, max_memory_percent=0.4
         )
@@ -279,7 +285,7 @@ def add(
     found: Measured,
 ) -> None:
     """A row, and the share of the copy rate at which its steady steps read weights and KV."""
-    lengths = {"short": SHORT, "long": LONG}.get(workload, (SHARED + OWN, SHARED_ANSWER))
+    lengths = LENGTHS.get(workload, (SHARED + OWN, SHARED_ANSWER))
     config = model.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
