@@ -73,6 +73,12 @@ def bound(step: Step) -> Iterator[None]:
         del _thread.step
 
 
+def step() -> Step:
+    """The one that is bound to this thread."""
+    found: Step = _thread.step
+    return found
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

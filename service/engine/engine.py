@@ -271,7 +271,7 @@ class Engine:
         try:
             self._runner.open()
             step_tokens = self._runner.path.step_tokens
-            least = least_beside(self._runner.path, step_tokens)
+            least = least_beside(self._runner.path)
             with self._changed:
                 self._scheduler = Scheduler(
                     self._runner.path.memory,

@@ -47,6 +47,20 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class Room:
+    """What all graphs of a device have in common, so that they keep no more than the largest does.
+
+    They are captured on `stream`, take their memory from `pool`, and leave their logits in
+    `logits`, [most sequences, vocabulary].
+    """
+
+    device: torch.device
+    stream: torch.cuda.Stream
+    pool: Any
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
     output: Replayed
@@ -66,8 +80,8 @@ class Graphs:
     ) -> None:
         """Capture every size up to `max_sequences`. run: the model, or what is called for it.
 
-        Raises whatever the model's forward does that a graph cannot hold, such as a RuntimeError
-        where it waits for the device.
+        room: for other graphs of the device. Raises whatever the model's forward does that a graph
+        cannot hold, such as a RuntimeError where it waits for the device.
         """
         self._model = model
         self._run = run
@@ -87,10 +101,14 @@ class Graphs:
         self._written: list[int] = []
         self._graphs: Mapping[int, _Graph] = {}
         with torch.cuda.device(device):
-            self._logits = self._dry_run()
-            pool = torch.cuda.graph_pool_handle()
+            self.room = Room(
+                device,
+                torch.cuda.Stream(device),  # type: ignore[no-untyped-call]
+                torch.cuda.graph_pool_handle(),
+                self._dry_run(),
+            )
             # the largest first: the others find room in its memory
-            self._graphs = {size: self._capture(size, pool) for size in reversed(self._sizes)}
+            self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
 
     def replay(self, batch: Batch) -> Replayed:
         """Run a step of decodes. Rows are in the order of batch.decodes."""
@@ -170,14 +188,16 @@ class Graphs:
             self._step(size)
         return room
 
-    def _capture(self, size: int, pool: Any) -> _Graph:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, size: int) -> _Graph:
+        graph, room = torch.cuda.CUDAGraph(), self.room
         # other threads may ask the driver something meanwhile, such as how much memory is free
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=room.pool, stream=room.stream, capture_error_mode="thread_local"
+        ):
             logits, likeliest = self._step(size)
             # Every graph leaves its logits in the same place: what a graph made and is still held
             # cannot be used by the others, and logits are large.
-            kept = self._logits[:size]
+            kept = room.logits[:size]
             kept.copy_(logits)
         return _Graph(graph, Replayed(kept, likeliest))
 

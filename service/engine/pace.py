@@ -8,6 +8,10 @@ if TYPE_CHECKING:
 
 # A step that also computes prompts may take so many times a step that only continues sequences.
 MOST_SLOWER = 2.5
+# Fewest tokens of prompts worth such a step; of a captured one, which is most of all waiting for
+# the weights (measured on an H200 with an 8B shape: 9 ms for 64 tokens in all, 13 for 288).
+LEAST = 32
+LEAST_CAPTURED = 256
 # how much of what a new measurement says is believed
 NEW = 0.25
 # of so few tokens it cannot be told what one takes
@@ -51,17 +55,9 @@ class Pace:
             self._token_s = _mean(self._token_s, max(spent_s, 0.0) / prefill_tokens)
 
 
-def least_beside(path: "Path | Way", step_tokens: int) -> int:
-    """Fewest tokens of prompts worth a step that also continues sequences.
-
-    Where decode steps are captured, one with a prompt is not: its kernels are launched one by one,
-    which takes as long for one token as for many. Measured on an H200 with an 8B shape: 30 ms,
-    against 8 of a captured step; compiled, half of that.
-    """
-    share = 16
-    if path.graphs is not None:
-        share = 2 if path.compiled is None else 8
-    return max(1, step_tokens // share)
+def least_beside(path: "Path | Way") -> int:
+    """Fewest tokens of prompts worth a step that also continues sequences."""
+    return LEAST if path.graphs is None else LEAST_CAPTURED
 
 
 def _mean(before: float, now: float) -> float:

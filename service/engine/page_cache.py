@@ -76,7 +76,7 @@ class PageCache:
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
     """What layers of one group on one device have in common in one step, on that device.
 
     slots int64 [T]: where each token is kept. tables int32 [sequences, pages], lengths int32: of
@@ -97,13 +97,13 @@ class PageStep:
         self, cache: PageCache, decodes: tuple[Piece, ...], prefills: tuple[Piece, ...]
     ) -> None:
         self._cache = cache
-        self._decodes = decodes
-        self._prefills = prefills
+        self.decodes = decodes
+        self.prefills = prefills
         self._starts = [0]
         for piece in prefills:
             self._starts.append(self._starts[-1] + len(piece.ids))
         self._ends = [piece.stop for piece in prefills]
-        self._tables: dict[tuple[torch.device, int, int | None], _Tables] = {}
+        self._tables: dict[tuple[torch.device, int, int | None], Tables] = {}
 
     def attend(
         self,
@@ -116,56 +116,74 @@ class PageStep:
         shape = self._cache.layers[layer]
         kernels = kernels_for(key.device)
         pages = self._cache.keys[layer], self._cache.values[layer]
-        tables = self._on(key.device, self._cache.group_of[layer], shape.window)
+        tables = self.tables(layer)
         kernels.write(key, value, *pages, tables.slots)
-        settings = {"scale": scale, "window": shape.window, "softcap": shape.softcap}
-        count = len(self._decodes)
+        count = len(self.decodes)
         outs: list[torch.Tensor] = []
         if count:
             outs.append(
-                kernels.decode(query[:count], *pages, tables.tables, tables.lengths, **settings)
-            )
-        if self._prefills:
-            plan = {} if tables.plan is None else {"plan": tables.plan}
-            outs.append(
-                kernels.prefill(
-                    query[count:],
+                kernels.decode(
+                    query[:count],
                     *pages,
-                    tables.piece_tables,
-                    self._starts,
-                    self._ends,
-                    **settings,
-                    **plan,
+                    tables.tables,
+                    tables.lengths,
+                    scale=scale,
+                    window=shape.window,
+                    softcap=shape.softcap,
                 )
             )
+        if self.prefills:
+            outs.append(self.attend_prefills(layer, query[count:], scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _on(self, device: torch.device, group: int, window: int | None) -> _Tables:
+    def attend_prefills(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """Of the pieces of prompts alone; their keys and values are in the pages.
+
+        query [their tokens, heads, key size]. Returns [their tokens, heads, value size].
+        """
+        shape, tables = self._cache.layers[layer], self.tables(layer)
+        plan = {} if tables.plan is None else {"plan": tables.plan}
+        attended: torch.Tensor = kernels_for(query.device).prefill(
+            query,
+            self._cache.keys[layer],
+            self._cache.values[layer],
+            tables.piece_tables,
+            self._starts,
+            self._ends,
+            scale=scale,
+            window=shape.window,
+            softcap=shape.softcap,
+            **plan,
+        )
+        return attended
+
+    def tables(self, layer: int) -> Tables:
         """Made once for all layers of a group on a device that see as far."""
-        found = self._tables.get((device, group, window))
+        shape, group = self._cache.layers[layer], self._cache.group_of[layer]
+        found = self._tables.get((shape.device, group, shape.window))
         if found is None:
-            found = self._make(device, group, window)
-            self._tables[device, group, window] = found
+            found = self._make(shape.device, group, shape.window)
+            self._tables[shape.device, group, shape.window] = found
         return found
 
-    def _make(self, device: torch.device, group: int, window: int | None) -> _Tables:
+    def _make(self, device: torch.device, group: int, window: int | None) -> Tables:
         slots: list[int] = []
-        for piece in (*self._decodes, *self._prefills):
+        for piece in (*self.decodes, *self.prefills):
             table = table_of(piece, group)
             slots += [
                 table[at // kv.PAGE_TOKENS] * kv.PAGE_TOKENS + at % kv.PAGE_TOKENS
                 for at in range(piece.start, piece.stop)
             ]
-        piece_tables = _padded([table_of(piece, group) for piece in self._prefills], device)
+        piece_tables = _padded([table_of(piece, group) for piece in self.prefills], device)
         plan: object = None
-        if self._prefills and device.type == "cuda":
+        if self.prefills and device.type == "cuda":
             plan = kernels_for(device).plan_prefill(
                 piece_tables, self._starts, self._ends, page_size=kv.PAGE_TOKENS, window=window
             )
-        return _Tables(
+        return Tables(
             send(torch.tensor(slots), device),
-            _padded([table_of(piece, group) for piece in self._decodes], device),
-            send(torch.tensor([p.stop for p in self._decodes], dtype=torch.int32), device),
+            _padded([table_of(piece, group) for piece in self.decodes], device),
+            send(torch.tensor([p.stop for p in self.decodes], dtype=torch.int32), device),
             piece_tables,
             plan,
         )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from service.engine.compiling import Compiled
     from service.engine.graphs import Graphs
+    from service.engine.segments import Segments
 
 
 # the model, or what is called in its place: gives an object with `logits`
@@ -50,8 +51,9 @@ class Cache(Protocol):
 class Ragged:
     """Runs a batch in one forward. Engine thread only.
 
-    graphs: captured decode steps, where the device has them. compiled: what is called in place of
-    the model, where the deployment wants it. Both are set by the runner.
+    graphs: captured decode steps, and segments: steps with prompts, where the device has them.
+    compiled: what is called in place of the model, where the deployment wants it. All are set by
+    the runner.
     """
 
     name = "ragged"
@@ -69,6 +71,7 @@ class Ragged:
     ) -> None:
         """Gives the model's attention layers our function, until `release`."""
         self.graphs: Graphs | None = None
+        self.segments: Segments | None = None
         self.memory = memory
         self.step_tokens = step_tokens
         self.score_tokens = min(step_tokens, kv.SCORE_TOKENS)
@@ -94,7 +97,7 @@ class Ragged:
         self._step = self._cache.step(decodes, batch.prefills)
         with attention.bound(self._step):
             inputs = placed(self._model, self._place_inputs, ids, positions)
-            rows = forward(self.compiled or self._model, inputs, keep)
+            rows = forward(self.segments or self.compiled or self._model, inputs, keep)
         scoring.score(batch.prefills, rows[len(sampling) :])
         return sampling, rows[: len(sampling)]
 
@@ -107,7 +110,7 @@ class Ragged:
     def release(self) -> None:
         """Give the model its own attention back and drop the cache."""
         use(self._model, self._before)
-        self.graphs = None
+        self.graphs = self.segments = None
         if self.compiled is not None:
             self.compiled.release()
             self.compiled = None

@@ -47,6 +47,7 @@ from service.placement import kv
 from service.placement.inputs import PlaceInputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel
@@ -287,30 +288,47 @@ class Runner:
         memory, cache = make(layers, step_tokens)
         path = Ragged(model, self._place_inputs, memory, cache, step_tokens=step_tokens)
         dtype = next(iter(layers.values())).dtype
-        try:
+
+        def prove() -> None:
             proof.prove(path, ids, expected, dtype)
+
+        try:
+            prove()
             if self._compiled:
-                compiling.bring(path, model, lambda: proof.prove(path, ids, expected, dtype))
+                compiling.bring(path, model, prove)
         except BaseException:
             path.release()
             raise
-        path.graphs = self._capture(model, cache, path.compiled or model)
+        if isinstance(cache, PageCache) and (device := capturable(model, cache)):
+            self._capture(path, model, cache, device, prove)
         return path
 
     def _capture(
-        self, model: "PreTrainedModel", cache: ragged.Cache, run: ragged.Run
-    ) -> "Graphs | None":
-        """Decode steps as CUDA graphs, if the model is all on one such device and allows it."""
-        if not isinstance(cache, PageCache) or not (device := capturable(model, cache)):
-            return None
+        self,
+        path: Ragged,
+        model: "PreTrainedModel",
+        cache: PageCache,
+        device: torch.device,
+        prove: "Callable[[], None]",
+    ) -> None:
+        """Have the path run CUDA graphs, if the model can be captured and `prove` finds them to
+        give its own logits.
+        """
         from service.engine.graphs import Graphs
+        from service.engine.segments import Segments
 
+        run = path.compiled or model
         try:
-            return Graphs(model, self._place_inputs, cache, device, self.max_sequences, run)
+            graphs = Graphs(model, self._place_inputs, cache, device, self.max_sequences, run)
+            most = min(path.step_tokens, self.capacity * self.max_sequences)
+            path.segments = Segments(run, cache, graphs.room, most=most)
+            prove()
         except Exception as error:  # whatever a model does that a graph cannot hold
+            path.segments = None
             why = str(error).partition("\n")[0]  # CUDA's go on with advice for its own developers
-            log.warning("decode steps are not captured: %s: %s", type(error).__name__, why)
-            return None
+            log.warning("steps are not captured: %s: %s", type(error).__name__, why)
+            return
+        path.graphs = graphs
 
     def _slots(
         self, layers: "Mapping[int, Layer]", step_tokens: int

@@ -172,7 +172,7 @@ class Scheduler:
         if decodes:
             # the more wait for their first token, the longer the others may wait for their next
             behind = min(self.waiting + self.running, self._max_sequences) - len(decodes)
-            budget = min(budget, prefill_tokens * max(len(decodes), behind) // len(decodes))
+            budget = min(budget, prefill_tokens * (len(decodes) + behind - 1) // len(decodes))
         prefills: list[Piece] = []
         scores = self._score_tokens
         candidates = self._prefilling(now)

@@ -8,6 +8,8 @@ grouped heads stay grouped, and multi-head latent attention arrives expanded to 
 PAGE_TOKENS = 64
 # most tokens that one step of the engine computes, per kind of device; longer prompts are cut
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+# most tokens of a step with prompts that is captured as CUDA graphs
+CAPTURED_TOKENS = 1024
 # most tokens of prompts whose logprobs are wanted that one step computes: the logits of all of them
 # are there at once, and looked at so many rows at a time
 SCORE_TOKENS = 64

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from service.placement.kv import CAPTURED_TOKENS
+from service.placement.kv import STEP_TOKENS
+
 if TYPE_CHECKING:
     from service.placement.footprint import Footprint
 
@@ -12,9 +15,10 @@ ROUNDING = 0.02
 WORKSPACE = 64 * MIB
 # kernels that CUDA loads when they are first called, outside torch's allocator, and the nodes of
 # captured steps: a device's free bytes are counted after its context exists, which grows from then
-# on (measured on an H200: 324 MiB in bfloat16 and nf4, 376 MiB in int8)
-KERNELS = 352 * MIB
-# what captured steps keep in torch's allocator: their stream's workspace, and their states
+# on (measured on an H200: 386 MiB in bfloat16, 398 in nf4; 376 in int8, where nothing is captured)
+KERNELS = 416 * MIB
+# what captured steps keep in torch's allocator beside their states: their stream's workspace, and
+# where attention finds queries and leaves answers
 GRAPHS = 64 * MIB
 # all, per card
 FIXED = WORKSPACE + KERNELS + GRAPHS
@@ -26,12 +30,14 @@ COMPILER = 384 * MIB
 
 
 def parts(
-    footprint: "Footprint", resident: int, *, on_cuda: bool, compiled: bool
+    footprint: "Footprint", resident: int, *, whole: bool, on_cuda: bool, compiled: bool
 ) -> dict[str, int]:
     """Name -> bytes of overhead on a device that computes; their sum is DeviceMemory.overhead.
 
     resident: bytes of weights and KV there; packed copies of weights are weights, not overhead.
-    compiled: whether torch.compile makes the steps, which takes RAM: planned where the model is.
+    whole: whether no other device computes, so that steps are captured, whose states lie in memory
+    of their own. compiled: whether torch.compile makes the steps, which takes RAM: planned where
+    the model is.
     """
     found = {
         "activations": footprint.activations,
@@ -39,8 +45,17 @@ def parts(
         "rounding": int(resident * ROUNDING),
     }
     if on_cuda:
-        return found | {"workspace": WORKSPACE, "kernels": KERNELS, "graphs": GRAPHS}
+        graphs = GRAPHS + (_captured(footprint) if whole else 0)
+        return found | {"workspace": WORKSPACE, "kernels": KERNELS, "graphs": graphs}
     found["kernels"] = CPU_KERNELS
     if compiled:
         found["compiler"] = COMPILER
     return found
+
+
+def _captured(footprint: "Footprint") -> int:
+    """Bytes of the states of the largest captured step: its share of the largest step's."""
+    if footprint.plain or footprint.embeds:
+        return 0
+    tokens = min(STEP_TOKENS["cuda"], footprint.context * footprint.sequences)
+    return footprint.activations * min(CAPTURED_TOKENS, tokens) // tokens

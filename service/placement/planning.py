@@ -346,7 +346,13 @@ def _disk(config: ModelConfig, hardware: Hardware) -> int:
 def _overhead(config: ModelConfig, footprint: Any, names: list[str]) -> dict[str, int]:
     """The parts of the overhead of each of the devices that compute."""
     resident = (footprint.weights + footprint.kv) // len(names)
-    return overhead.parts(footprint, resident, on_cuda=footprint.on_cuda, compiled=config.compile)
+    return overhead.parts(
+        footprint,
+        resident,
+        whole=len(names) == 1,
+        on_cuda=footprint.on_cuda,
+        compiled=config.compile,
+    )
 
 
 def _would_fit(config: ModelConfig, footprint: Any, budget: int) -> str:
