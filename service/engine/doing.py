@@ -45,8 +45,8 @@ def described(way: "Path | Way | None", hangs: str | None) -> dict[str, object]:
     """The `engine` object of GET /placement; all null before the start and after the end.
 
     path: how batches are run. why: what keeps it from the faster path, or "". graphs: whether
-    decode steps are replayed as CUDA graphs. compiled: whether what runs is what torch.compile made
-    of the model. kv_reserved: device -> bytes of KV allocated. hangs: see `Doing.hangs`.
+    steps are replayed as CUDA graphs. compiled: whether what runs is what torch.compile made of the
+    model. kv_reserved: device -> bytes of KV allocated. hangs: see `Doing.hangs`.
     """
     return {
         "path": way and way.name,

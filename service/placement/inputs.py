@@ -106,9 +106,9 @@ def to_input_device(
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """What a step needs beside its inputs, such as page tables: a CPU tensor to `device`, without
-    waiting for it.
+    waiting for it. One that is there already stays.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
