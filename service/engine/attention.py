@@ -73,8 +73,8 @@ def bound(step: Step) -> Iterator[None]:
         del _thread.step
 
 
-def step() -> Step:
-    """The one that is bound to this thread."""
+def current() -> Step:
+    """The step that is bound to this thread."""
     found: Step = _thread.step
     return found
 
@@ -94,10 +94,10 @@ def attend(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    index = module.layer_idx
+    index: Any = module.layer_idx
     if torch.compiler.is_compiling():
         return _opaque(*rows, index, scale).unsqueeze(0), None
-    step = _thread.step
+    step = current()
     if isinstance(step, Trial):
         step.see(module, query, key, value, attention_mask, others)
     return step.attend(index, *rows, scale).unsqueeze(0), None
@@ -108,8 +108,7 @@ def _opaque(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
 ) -> torch.Tensor:
     """What a compiled model calls: `attend` of the step that is bound when it runs."""
-    step: Step = _thread.step
-    return step.attend(layer, query, key, value, scale).contiguous()
+    return current().attend(layer, query, key, value, scale).contiguous()
 
 
 @_opaque.register_fake

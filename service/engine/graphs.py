@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from service.engine import attention
-from service.engine import attention_cuda
 from service.engine import choosing
 from service.engine.editing import upload
 from service.engine.page_cache import PageCache
@@ -228,15 +227,6 @@ class _DecodeStep:
         value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        shape, group = self._cache.layers[layer], self._cache.group_of[layer]
-        pages = self._cache.keys[layer], self._cache.values[layer]
-        attention_cuda.write(key, value, *pages, self._slots[group])
-        return attention_cuda.decode(
-            query,
-            *pages,
-            self._tables[group],
-            self._lengths,
-            scale=scale,
-            window=shape.window,
-            softcap=shape.softcap,
-        )
+        group = self._cache.group_of[layer]
+        self._cache.write(layer, key, value, self._slots[group])
+        return self._cache.decode(layer, query, self._tables[group], self._lengths, scale)

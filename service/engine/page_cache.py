@@ -19,6 +19,7 @@ from service.engine.scheduler import Batch
 from service.engine.scheduler import Piece
 from service.placement import kv
 from service.placement.inputs import send
+from service.placement.tensors import only_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +68,34 @@ class PageCache:
             found[device] = found.get(device, 0) + tensor.numel() * tensor.itemsize
         return found
 
+    def write(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Keep keys and values of a step in the pages of a layer; see `attention_pages.write`."""
+        kernels_for(key.device).write(key, value, self.keys[layer], self.values[layer], slots)
+
+    def decode(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        tables: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of one new token per sequence; see `attention_pages.decode`."""
+        shape = self.layers[layer]
+        attended: torch.Tensor = kernels_for(query.device).decode(
+            query,
+            self.keys[layer],
+            self.values[layer],
+            tables,
+            lengths,
+            scale=scale,
+            window=shape.window,
+            softcap=shape.softcap,
+        )
+        return attended
+
     def order(self, batch: Batch) -> tuple[Piece, ...]:
         """As they come: pages lie anywhere."""
         return batch.decodes
@@ -113,24 +142,13 @@ class PageStep:
         value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        shape = self._cache.layers[layer]
-        kernels = kernels_for(key.device)
-        pages = self._cache.keys[layer], self._cache.values[layer]
         tables = self.tables(layer)
-        kernels.write(key, value, *pages, tables.slots)
+        self._cache.write(layer, key, value, tables.slots)
         count = len(self.decodes)
         outs: list[torch.Tensor] = []
         if count:
             outs.append(
-                kernels.decode(
-                    query[:count],
-                    *pages,
-                    tables.tables,
-                    tables.lengths,
-                    scale=scale,
-                    window=shape.window,
-                    softcap=shape.softcap,
-                )
+                self._cache.decode(layer, query[:count], tables.tables, tables.lengths, scale)
             )
         if self.prefills:
             outs.append(self.attend_prefills(layer, query[count:], scale))
@@ -241,8 +259,7 @@ def _pages(shape: tuple[int, ...], layer: Layer) -> torch.Tensor:
 
 def capturable(model: "PreTrainedModel", cache: PageCache) -> torch.device | None:
     """The one CUDA device that all of the model and its cache are on, or None."""
-    devices = {layer.device for layer in cache.layers.values()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        devices.add(tensor.device)
-    only = devices.pop() if len(devices) == 1 else None
-    return only if only is not None and only.type == "cuda" else None
+    only = only_device(model)
+    if only is None or only.type != "cuda":
+        return None
+    return only if all(layer.device == only for layer in cache.layers.values()) else None

@@ -152,9 +152,7 @@ def placed(
 
 def forward(run: Run, inputs: Mapping[str, torch.Tensor], keep: list[int]) -> torch.Tensor:
     """Logits of the rows `keep` of one flattened step, [rows, vocabulary], where the head is."""
-    wanted: Any = 1  # of a step that samples nothing; every model computes at least one row
-    if keep:
-        wanted = torch.tensor(keep)
+    wanted = torch.tensor(keep or [0])  # of a step that samples nothing, one row is thrown away
     output = run(**inputs, use_cache=False, return_dict=True, logits_to_keep=wanted)
     logits: torch.Tensor = output.logits[0]
     return logits[: len(keep)]

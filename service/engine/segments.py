@@ -16,7 +16,6 @@ from typing import cast
 import torch
 
 from service.engine import attention
-from service.engine import attention_cuda
 from service.engine.graphs import Room
 from service.engine.page_cache import PageCache
 from service.engine.page_cache import PageStep
@@ -107,19 +106,17 @@ class Segments:
         *,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        logits_to_keep: torch.Tensor | int,
+        logits_to_keep: torch.Tensor,
         **others: Any,
     ) -> Any:
-        """ids and positions int64 [1, T]; logits_to_keep: rows, or as many of the last.
+        """ids and positions int64 [1, T]; logits_to_keep: rows, int64 on the CPU.
 
         `logits` of the result, [1, rows, vocabulary], last until the next step.
         """
-        step = cast("PageStep", attention.step())
+        step = cast("PageStep", attention.current())
         tokens, decodes = input_ids.shape[1], len(step.decodes)
-        keep = logits_to_keep
-        if isinstance(keep, int):
-            keep = torch.arange(tokens - keep, tokens)
-        if tokens > self._most or max(len(keep), decodes) > self._rows:
+        wanted = len(logits_to_keep)
+        if tokens > self._most or max(wanted, decodes) > self._rows:
             return self._run(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -130,7 +127,7 @@ class Segments:
         self._ids[:tokens] = input_ids[0]
         self._positions[:tokens] = position_ids[0]
         rows = torch.zeros(self._rows, dtype=torch.int64)  # what is not wanted is row 0 again
-        rows[: len(keep)] = keep
+        rows[:wanted] = logits_to_keep
         self._keep.copy_(send(rows, self._room.device))
         self._bring(step, tokens)
         captured = self._captured[size]
@@ -142,7 +139,7 @@ class Segments:
                     segment.layer, places.query[decodes:tokens], segment.scale
                 )
         captured.last.replay()
-        return types.SimpleNamespace(logits=self._room.logits[None, : len(keep)])
+        return types.SimpleNamespace(logits=self._room.logits[None, :wanted])
 
     def attend(
         self,
@@ -155,21 +152,13 @@ class Segments:
         """What is captured of an attention layer: keys and values are kept, and the first rows
         attend as those of sequences that decode.
         """
-        shape, group = self._cache.layers[layer], self._cache.group_of[layer]
-        pages = self._cache.keys[layer], self._cache.values[layer]
-        tokens = len(query)
-        attention_cuda.write(key, value, *pages, self._slots[group][:tokens])
-        places = self._places_of(query, shape.value_size)
+        group, tokens = self._cache.group_of[layer], len(query)
         rows = min(tokens, self._rows)
+        self._cache.write(layer, key, value, self._slots[group][:tokens])
+        places = self._places_of(query, self._cache.layers[layer].value_size)
         places.query[:tokens] = query
-        places.out[:rows] = attention_cuda.decode(
-            query[:rows],
-            *pages,
-            self._tables[group][:rows],
-            self._lengths[:rows],
-            scale=scale,
-            window=shape.window,
-            softcap=shape.softcap,
+        places.out[:rows] = self._cache.decode(
+            layer, query[:rows], self._tables[group][:rows], self._lengths[:rows], scale
         )
         return places
 

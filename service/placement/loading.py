@@ -33,6 +33,7 @@ from service.placement import heads
 from service.placement import split_layers
 from service.placement.plan import Placement
 from service.placement.tensors import listed
+from service.placement.tensors import only_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,8 +126,7 @@ def _wake(model: "PreTrainedModel") -> None:
     belongs to the load, not to what proves it. bitsandbytes has called them by now, and its layers
     change when they first run.
     """
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    device = devices.pop() if len(devices) == 1 else None
+    device = only_device(model)
     if device is None or device.type != "cuda" or getattr(model, "is_quantized", False):
         return
     ids = torch.zeros((1, 8), dtype=torch.int64, device=device)

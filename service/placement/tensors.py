@@ -63,6 +63,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def only_device(model: nn.Module) -> torch.device | None:
+    """The device that all parameters and buffers are on, or None if there are several."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
+
+
 def stored_on(owner: Owner) -> str:
     """Where an offloaded tensor rests: "cpu" (a state dict in RAM) or "disk" (a file)."""
     loader, key = resolved(owner)

@@ -108,7 +108,7 @@ def generated(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> li
     """What transformers itself says, without the token that ended it. Not while an engine serves
     the model.
     """
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
     )

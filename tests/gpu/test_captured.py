@@ -12,6 +12,7 @@ from service.engine.runner import Runner
 from service.errors import NonFiniteLogits
 from service.placement.inputs import to_input_device
 from tests.engine.models import CARRIED
+from tests.engine.models import generated
 from tests.engine.models import model_of
 from tests.engine.scripted import greedy
 from tests.engine.scripted import idle
@@ -25,7 +26,7 @@ STEP = 64
 NEW_TOKENS = 20
 PROMPTS = ((65,), tuple(range(10, 15)), tuple(range(40, 59)), tuple(range(30, 80)), (7,) * 100)
 # what transformers 5.23 makes of experts waits for the device
-WAITING = ("mixtral", "qwen3_moe")
+WAITING = ("mixtral",)
 
 
 @contextmanager
@@ -41,19 +42,10 @@ def started(model: Any, *, sequences: int = 3) -> Iterator[Engine]:
         engine.close()
 
 
-def generated(model: Any, prompt: tuple[int, ...]) -> list[int]:
-    ids = torch.tensor([prompt], device="cuda")
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS
-    )
-    answer: list[int] = output[0, len(prompt) :].tolist()
-    return answer[:-1] if answer[-1] == IM_END else answer
-
-
 @pytest.mark.parametrize("arch", CARRIED)
 def test_answers_are_generates_and_no_step_is_launched_kernel_by_kernel(arch: str):
     model = model_of(arch).to("cuda")
-    expected = [generated(model, prompt) for prompt in PROMPTS]
+    expected = [generated(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
     with started(model) as engine:
         path = engine._runner.path
         captured = path.graphs is not None
@@ -76,7 +68,7 @@ def unexpected(**inputs: object) -> None:
 def test_a_sequence_that_is_no_number_leaves_nothing_to_those_after_it():
     """Rows of padding hold what was there before; nobody looks at them."""
     model = model_of("llama").to("cuda")
-    expected = [generated(model, prompt) for prompt in PROMPTS]
+    expected = [generated(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
     unused = next(token for token in range(200, 300) if not any(token in its for its in expected))
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = float("nan")
